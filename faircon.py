@@ -1,0 +1,373 @@
+"""Section 3: the game of Eq. (3), the prompt tuning of Eq. (4), and the attacks that test what the game claims.
+
+    min over theta   E[ task(theta) ] + lam * E[ || f_theta(g ++ x_m) - f_theta(g ++ x_f) ||_2 ],   g ~ g_phi
+    g_phi      =     argmax over phi of that same gap                                             Eq. (3)
+    min over phi     of that gap, theta frozen                                                    Eq. (4)
+
+f_theta is the next-token distribution at the answer, theta is LoRA's A and B, phi the logits of a categorical distribution for
+each position of the prompt, x_m and x_f one person's text as a man and as a woman. (The paper prints "min over phi" in
+Eq. (3): a slip.) PAPER vs RELEASED CODE: the released step of the model has no gap in it, and its gap compares raw logits.
+"""
+import contextlib
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+import adult
+import lora
+from adult import InputError
+from gumbel import gumbel_softmax
+from swa import SWA
+
+
+# ---------------------------------------------------------------- f_theta
+
+class Reader:
+    """A model, its tokenizer and the two answer tokens; `__call__` is f_theta."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.tokens = model, tokenizer, 0
+        self.device, self.embed = model.device, model.get_input_embeddings().weight
+        self.context = getattr(model.config, "max_position_embeddings", 10 ** 9)
+        question = adult.INSTRUCTION + adult.OPENING + "\nlabel:"
+        stem, after = self.ids(question), [self.ids(question + a) for a in (" 0", " 1")]
+        if any(a[:-1] != stem for a in after):
+            raise InputError('the tokenizer has no single tokens for the answers " 0" and " 1"; use GPT-Neo\'s or tiny/\'s.')
+        self.answers = torch.tensor([a[-1] for a in after], device=self.device)
+        special = set(tokenizer.all_special_ids)
+        words = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), len(self.embed)))])
+        self.usable = [i for i, w in enumerate(words) if i not in special and "\ufffd" not in w and self.ids(w) == [i]]
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def questions(self, people, attributes=adult.ATTRIBUTES):
+        """-> for each person (tokens both twins share, [the man's rest, the woman's rest])."""
+        out = []
+        for p in people:
+            m, f = (self.ids(adult.text(p, s, attributes)) for s in adult.SEXES)
+            k = next((i for i, (a, b) in enumerate(zip(m, f)) if a != b), len(m) - 1)
+            out.append((m[:k], (m[k:], f[k:])))
+        return out
+
+    def prefix(self, g=None, context=adult.INSTRUCTION):
+        """Embeddings (P, D) of what stands before the question: the prompt g, a line break, and the instruction or shots.
+
+        g: token ids, or one-hot rows (L, usable) that carry a gradient."""
+        rows = [self.embed[torch.tensor(self.ids(context), device=self.device)]]
+        if g is not None:
+            g = g.to(self.embed.dtype) @ self.embed[self.usable] if torch.is_tensor(g) else self.embed[list(g)]
+            rows = [g, self.embed[self.ids("\n")]] + rows
+        return torch.cat(rows)
+
+    def __call__(self, prefix, questions):
+        """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man.
+
+        Exactly what the plain forward pass of every whole text gives (tested), but the prefix is computed once, and what two
+        twins share once for both. Keys and values are expanded, not detached: the gradient is exact too. Between the shared
+        part and the rest, each row's padding is rolled to the front, so that GPT-Neo's local window counts real tokens only.
+        """
+        P, B = len(prefix), len(questions)
+        head, h = pad([q[0] for q in questions], self.device)  # (B, Th), (B,)
+        tail, t = pad([q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, Tt), (2B,)
+        T = P + head.shape[1]
+        if T + tail.shape[1] > self.context:
+            raise InputError(f"prompt and question are {T + tail.shape[1]} tokens and the model's context is {self.context}; "
+                             "use a shorter prompt or fewer shots.")
+        self.tokens += P + int(h.sum()) + int(t.sum())
+        body, at = self.model.base_model, torch.arange(T, device=self.device)
+        first = body(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
+        past = copy(first, lambda x: x.expand(B, -1, -1, -1))
+        past = body(input_ids=head, past_key_values=past, use_cache=True, position_ids=at[P:].expand(B, -1)).past_key_values
+        padding = head.shape[1] - h
+        roll = ((at - padding[:, None]) % T)[:, None, :, None]  # (B, 1, T, 1)
+        past = copy(past, lambda x: x.gather(2, roll.expand(-1, x.shape[1], -1, x.shape[3])).repeat(2, 1, 1, 1))
+        mask = torch.cat([(at >= padding[:, None]).repeat(2, 1), torch.ones_like(tail, dtype=torch.bool)], 1).long()
+        places = (P + h).repeat(2)[:, None] + torch.arange(tail.shape[1], device=self.device)
+        last = body(input_ids=tail, past_key_values=past, use_cache=True, attention_mask=mask,
+                    position_ids=places.clamp(max=self.context - 1)).last_hidden_state
+        last = last[torch.arange(2 * B, device=self.device), t - 1]  # (2B, D): nobody reads the other positions
+        return self.model.get_output_embeddings()(last).float().view(2, B, -1)
+
+    @torch.no_grad()
+    def predict(self, questions, g=None, context=adult.INSTRUCTION, batch=64):
+        """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
+        prefix, p, mass = self.prefix(g, context), numpy.zeros((len(questions), 2)), []
+        batch = max(1, min(batch, 16384 // len(prefix)))
+        by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
+        for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
+            q = self(prefix, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
+            p[part] = (q[..., 1] / q.sum(-1)).T.double().cpu().numpy()
+            mass.append(q.sum(-1).mean(0).cpu())
+        return p, float(torch.cat(mass).mean())
+
+
+def pad(rows, device):
+    """Right padding -> ids (N, longest), lengths (N,)."""
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device), lengths
+
+
+def copy(cache, change):
+    """A fresh cache with `change` applied to all keys and values: a used one would be altered by the next forward pass."""
+    fresh = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        fresh.update(change(layer.keys), change(layer.values), i)
+    return fresh
+
+
+def gap(logits):
+    """The fairness term of Eq. (3): mean over people of || f(g ++ x_m) - f(g ++ x_f) ||_2, unsquared; logits (2, B, V)."""
+    p = logits.softmax(-1)
+    return ((p[0] - p[1]).pow(2).sum(-1) + 1e-8).sqrt().mean()
+
+
+def task(logits, people, answers, both=False):
+    """Cross-entropy of the right answer, read off the twin that is the person; with `both`, off both twins (CDA)."""
+    s, y = (torch.tensor(z, device=logits.device) for z in ([p.s for p in people], [p.y for p in people]))
+    own = logits[s, torch.arange(len(people), device=logits.device)]
+    return torch.stack([F.cross_entropy(z, answers[y]) for z in (logits if both else [own])]).mean()
+
+
+# ---------------------------------------------------------------- the game
+
+@dataclass
+class Options:
+    """Everything the game can be told; train.py's --help explains each."""
+    lam: float = 1.
+    prompts: str = "adversarial"  # what stands in front in the model's step beside nothing: adversarial | random | none
+    cda: bool = False
+    attributes: tuple = adult.ATTRIBUTES
+    rounds: int = 12
+    batch_size: int = 10
+    lr: float = 3e-3
+    prompt_length: int = 10
+    phi_steps: int = 10
+    phi_lr: float = .3
+    restarts: int = 4
+    tau: float = 1.
+    warm_up: float = .2
+    swa: float = .4
+    pool: int = 8
+    sign: int = 1  # of the adversary: +1 maximises the gap, Eq. (3); -1 minimises it, Eq. (4)
+    history: list = field(default_factory=list)
+
+
+class Adversary:
+    """g_phi: for each of L positions a categorical distribution over the usable tokens, in several restarts (R, L, V)."""
+
+    def __init__(self, reader, o, generator):
+        self.reader, self.o, self.generator = reader, o, generator
+        self.phi = (.2 * torch.randn(o.restarts, o.prompt_length, len(reader.usable), generator=generator)).to(reader.device)
+        self.renew()
+
+    def renew(self, shrink=1.):
+        """A collapsed distribution cannot follow a moving model: pull it back towards uniform and forget Adam's moments.
+        Straight-through gradients on 50,000 logits are 1e-6 and smaller: with Adam's usual eps of 1e-8 nothing moves."""
+        self.phi = (self.phi.detach() * shrink).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=1e-16)
+
+    def draw(self, restart):
+        """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
+        noise = -torch.empty(self.phi.shape[1:]).exponential_(generator=self.generator).log().to(self.phi.device)
+        return gumbel_softmax(self.phi[restart], self.o.tau, noise=noise)
+
+    def step(self, questions, restart):
+        """One step of phi with theta frozen -> gap before it. No gradient reaches theta: it is asked for phi only."""
+        with frozen(lora.theta(self.reader.model)):
+            loss = gap(self.reader(self.reader.prefix(self.draw(restart)), questions))
+            self.phi.grad, = torch.autograd.grad(-self.o.sign * loss, self.phi)
+        all_reduce([self.phi.grad])
+        self.optimiser.step()
+        return loss.item()
+
+    def ids(self, restart):
+        return [self.reader.usable[i] for i in self.draw(restart).argmax(-1).tolist()]
+
+
+@contextlib.contextmanager
+def frozen(parameters):
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def all_reduce(gradients):
+    """Mean over processes, when there are several (torchrun): each saw its own share of the rows."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for g in gradients:
+            torch.distributed.all_reduce(g)
+            g /= torch.distributed.get_world_size()
+
+
+def mine(rows):
+    """This process's share of a batch."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return rows[torch.distributed.get_rank()::torch.distributed.get_world_size()]
+    return rows
+
+
+class Game:
+    """Eq. (3): `round` alternates phi (attack the model as it is) and theta (answer the task, close the gap)."""
+
+    def __init__(self, reader, people, validation, o, seed):
+        self.reader, self.people, self.o, self.done = reader, people, o, 0
+        self.rng, self.generator = numpy.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self.questions = reader.questions(people, o.attributes)
+        self.validation = reader.questions(validation, o.attributes)
+        self.adversary = Adversary(reader, o, self.generator)
+        self.theta = lora.theta(reader.model)
+        self.optimiser = torch.optim.AdamW(self.theta, lr=o.lr, weight_decay=0.) if self.theta else None
+        self.swa, self.pool = SWA(self.theta), []
+
+    def round(self):
+        """One pass over the people -> what happened, for the progress bar and Figure 2's curve."""
+        o, losses = self.o, []
+        record = {"round": self.done, "attack": self.attack() if o.prompts == "adversarial" else float("nan")}
+        order = self.rng.permutation(len(self.people))
+        batches = [mine(order[i:i + o.batch_size]) for i in range(0, len(order), o.batch_size)]
+        for k, rows in enumerate(batches):
+            progress = (self.done + k / len(batches)) / o.rounds
+            lam = o.lam * min(1., max(0., (progress - o.warm_up) / .2))  # the task first, then the ramp
+            losses.append(self.model_step(rows, lam))
+            if progress >= 1 - o.swa:
+                self.swa.update()
+        self.done += 1
+        record.update(zip(("task", "gap"), numpy.mean(losses, 0).tolist()))
+        o.history.append(record)
+        return record
+
+    def attack(self):
+        """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones."""
+        o, found = self.o, []
+        self.adversary.renew(shrink=.3)
+        for restart in range(o.restarts):
+            for _ in range(o.phi_steps):
+                rows = mine(self.rng.permutation(len(self.people))[:o.batch_size])
+                self.adversary.step([self.questions[i] for i in rows], restart)
+            found += [self.adversary.ids(restart) for _ in range(2)]
+        best = max((o.sign * score(self.reader, g, self.validation), g) for g in found)
+        self.pool = (self.pool + [best[1]])[-o.pool:]
+        return best[0]
+
+    def prompt(self):
+        """The prompt of one step of the model: the current adversary, a past worst one, or random tokens."""
+        if self.o.prompts == "random":
+            return [self.reader.usable[i] for i in self.rng.integers(len(self.reader.usable), size=self.o.prompt_length)]
+        if self.rng.random() < .5:
+            return self.pool[self.rng.integers(len(self.pool))]
+        return self.adversary.ids(int(self.rng.integers(self.o.restarts)))
+
+    def loss(self, rows, lam, prompts):
+        """theta's objective in Eq. (3) on some people, averaged over prompts (None: the clean one) -> loss, task, gap."""
+        people, questions = [self.people[i] for i in rows], [self.questions[i] for i in rows]
+        outputs = [self.reader(self.reader.prefix(g), questions) for g in prompts]
+        t = torch.stack([task(z, people, self.reader.answers, self.o.cda) for z in outputs]).mean()
+        d = torch.stack([gap(z) for z in outputs]).mean()
+        return (t + lam * d if lam else t), t, d
+
+    def model_step(self, rows, lam):
+        """theta's half: one step on a batch. Half of the loss stands under no prompt: "no prompt" is one draw of g."""
+        prompts = [None] if self.o.prompts == "none" else [None, self.prompt()]
+        loss, t, d = self.loss(rows, lam, prompts)
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss is {loss.item()} in round {self.done + 1}; the learning rate ({self.o.lr}) or lam "
+                             f"({self.o.lam}) is likely too high: lower it.")
+        self.optimiser.zero_grad()
+        loss.backward()
+        all_reduce([p.grad for p in self.theta])
+        torch.nn.utils.clip_grad_norm_(self.theta, 1.)
+        self.optimiser.step()
+        return t.item(), d.item()
+
+    def state(self):
+        """Everything a resumed game needs to go on bit for bit."""
+        return {"theta": [p.detach() for p in self.theta], "optimiser": self.optimiser.state_dict(), "pool": self.pool,
+                "phi": self.adversary.phi.detach(), "swa": (self.swa.average, self.swa.n), "done": self.done,
+                "rng": self.rng.bit_generator.state, "generator": self.generator.get_state(), "history": self.o.history}
+
+    def restore(self, state):
+        """Undo `state`."""
+        for p, w in zip(self.theta, state["theta"]):
+            p.data.copy_(w)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.adversary.phi, self.pool, self.done = state["phi"], state["pool"], state["done"]
+        self.swa.average, self.swa.n = state["swa"]
+        self.rng.bit_generator.state = state["rng"]
+        self.generator.set_state(state["generator"])
+        self.o.history[:] = state["history"]
+
+
+# ---------------------------------------------------------------- attacks on the finished model
+
+def score(reader, g, questions):
+    """Counterfactual gap under a prompt: mean |p_m - p_f|."""
+    p, _ = reader.predict(questions, g)
+    return float(abs(p[:, 0] - p[:, 1]).mean())
+
+
+def survives(reader, g):
+    """Whether a prompt is text: decoded and encoded again, in its place, it is the same tokens."""
+    rest = "\n" + adult.INSTRUCTION
+    return reader.ids(reader.tokenizer.decode(g) + rest) == list(g) + reader.ids("\n") + reader.ids(adult.INSTRUCTION)
+
+
+def random_prompt(reader, length, rng):
+    """Usable tokens at random, until they survive decode -> encode."""
+    g = []
+    while len(g) < length:  # grown token by token: a whole random string seldom survives
+        g.append(reader.usable[rng.integers(len(reader.usable))])
+        if not survives(reader, g):
+            g.pop()
+    return g
+
+
+def random_search(reader, questions, length, budget, rng):
+    """NOT IN THE PAPER: the best of `budget` random prompts -> (gap, prompt)."""
+    return max((score(reader, g, questions), g) for g in (random_prompt(reader, length, rng) for _ in range(budget)))
+
+
+def gumbel_attack(reader, questions, length, budget, rng, restarts=2):
+    """NOT IN THE PAPER: a fresh adversary against the frozen model -> (gap, prompt). A step costs about three forward passes."""
+    o = Options(prompt_length=length, restarts=restarts)
+    adversary, best = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))), (-1., None)
+    for restart in range(restarts):
+        for step in range(max(1, budget // (4 * restarts))):
+            adversary.step(questions, restart)
+            g = adversary.ids(restart)
+            if survives(reader, g):
+                best = max(best, (score(reader, g, questions), g))
+    return best if best[1] else random_search(reader, questions, length, 8, rng)
+
+
+def gcg(reader, questions, length, budget, rng, candidates=16, top=64):
+    """NOT IN THE PAPER: greedy coordinate gradient (Zou et al. 2023) -> (gap, prompt).
+
+    The gradient of the gap in each position's one-hot ranks the tokens that might replace it; of `candidates` single
+    replacements the best is taken, and the best prompt ever seen is returned.
+    """
+    value, g = random_search(reader, questions, length, candidates, rng)
+    best, spent = (value, g), candidates
+    where = {token: i for i, token in enumerate(reader.usable)}
+    while spent < budget:
+        onehot = F.one_hot(torch.tensor([where[i] for i in g]), len(reader.usable)).float().to(reader.device).requires_grad_()
+        with frozen(lora.theta(reader.model)):
+            slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)
+        ranked, tried = slope.topk(min(top, slope.shape[1]), -1).indices.cpu(), []
+        for _ in range(candidates * 4):
+            position, other = int(rng.integers(length)), list(g)
+            other[position] = reader.usable[int(ranked[position, rng.integers(ranked.shape[1])])]
+            if survives(reader, other) and len(tried) < candidates:
+                tried.append((score(reader, other, questions), other))
+        spent += len(tried) + 3
+        if tried:
+            value, g = max(tried)  # go on from the best neighbour, even when it is worse
+            best = max(best, (value, g))
+    return best
