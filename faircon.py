@@ -29,7 +29,8 @@ class Reader:
     """A model, its tokenizer and the two answer tokens; `__call__` is f_theta."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.tokens = model, tokenizer, 0
+        self.model, self.tokenizer, self.tokens, self.flop = model, tokenizer, 0, 0
+        self.weights = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[-2] not in ("wte", "wpe", "lm_head"))
         self.device, self.embed = model.device, model.get_input_embeddings().weight
         self.context = getattr(model.config, "max_position_embeddings", 10 ** 9)
         question = adult.INSTRUCTION + adult.OPENING + "\nlabel:"
@@ -77,7 +78,9 @@ class Reader:
         if T + tail.shape[1] > self.context:
             raise InputError(f"prompt and question are {T + tail.shape[1]} tokens and the model's context is {self.context}; "
                              "use a shorter prompt or fewer shots.")
-        self.tokens += P + int(h.sum()) + int(t.sum())
+        seen = P + int(h.sum()) + int(t.sum())
+        self.tokens += seen
+        self.flop += 2 * (seen * self.weights + 2 * B * self.embed.numel()) * (2 if torch.is_grad_enabled() else 1)
         body, at = self.model.base_model, torch.arange(T, device=self.device)
         first = body(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
         past = copy(first, lambda x: x.expand(B, -1, -1, -1))
@@ -217,8 +220,8 @@ def mine(rows):
 class Game:
     """Eq. (3): `round` alternates phi (attack the model as it is) and theta (answer the task, close the gap)."""
 
-    def __init__(self, reader, people, validation, o, seed):
-        self.reader, self.people, self.o, self.done = reader, people, o, 0
+    def __init__(self, reader, people, validation, o, seed, clock=lambda phase: contextlib.nullcontext()):
+        self.reader, self.people, self.o, self.clock, self.done = reader, people, o, clock, 0
         self.rng, self.generator = numpy.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self.questions = reader.questions(people, o.attributes)
         self.validation = reader.questions(validation, o.attributes)
@@ -227,20 +230,24 @@ class Game:
         self.optimiser = torch.optim.AdamW(self.theta, lr=o.lr, weight_decay=0.) if self.theta else None
         self.swa, self.pool = SWA(self.theta), []
 
-    def round(self):
-        """One pass over the people -> what happened, for the progress bar and Figure 2's curve."""
-        o, losses = self.o, []
-        record = {"round": self.done, "attack": self.attack() if o.prompts == "adversarial" else float("nan")}
-        order = self.rng.permutation(len(self.people))
+    def round(self, theta=True):
+        """phi's half, then theta's: one pass over the people (with `theta` False phi's alone, Eq. (4)) -> what happened."""
+        o, losses, record = self.o, [], {"round": self.done}
+        if o.prompts == "adversarial":
+            with self.clock("phi"):
+                record["attack"] = self.attack()
+        order = self.rng.permutation(len(self.people)) if theta else []
         batches = [mine(order[i:i + o.batch_size]) for i in range(0, len(order), o.batch_size)]
-        for k, rows in enumerate(batches):
-            progress = (self.done + k / len(batches)) / o.rounds
-            lam = o.lam * min(1., max(0., (progress - o.warm_up) / .2))  # the task first, then the ramp
-            losses.append(self.model_step(rows, lam))
-            if progress >= 1 - o.swa:
-                self.swa.update()
+        with self.clock("theta"):
+            for k, rows in enumerate(batches):
+                progress = (self.done + k / len(batches)) / o.rounds
+                lam = o.lam * min(1., max(0., (progress - o.warm_up) / .2))  # the task first, then the ramp
+                losses.append(self.model_step(rows, lam))
+                if progress >= 1 - o.swa:
+                    self.swa.update()
+        if losses:
+            record.update(zip(("task", "gap"), numpy.mean(losses, 0).tolist()))
         self.done += 1
-        record.update(zip(("task", "gap"), numpy.mean(losses, 0).tolist()))
         o.history.append(record)
         return record
 
@@ -255,7 +262,7 @@ class Game:
             found += [self.adversary.ids(restart) for _ in range(2)]
         best = max((o.sign * score(self.reader, g, self.validation), g) for g in found)
         self.pool = (self.pool + [best[1]])[-o.pool:]
-        return best[0]
+        return o.sign * best[0]
 
     def prompt(self):
         """The prompt of one step of the model: the current adversary, a past worst one, or random tokens."""
@@ -282,10 +289,11 @@ class Game:
                              f"({self.o.lam}) is likely too high: lower it.")
         self.optimiser.zero_grad()
         loss.backward()
-        all_reduce([p.grad for p in self.theta])
+        seen = torch.stack([t, d]).detach()
+        all_reduce([p.grad for p in self.theta] + [seen])
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
-        return t.item(), d.item()
+        return seen.tolist()
 
     def state(self):
         """Everything a resumed game needs to go on bit for bit."""

@@ -43,6 +43,9 @@ def inject(model, r=8, alpha=16, dropout=0., seed=0):
 
     Raises InputError for a model that has none, or not two a layer.
     """
+    for parent, name, old in [(m, n, c) for m in model.modules() for n, c in m.named_children() if isinstance(c, LoRALinear)]:
+        unmerge(model)
+        setattr(parent, name, old.base)  # a second call begins anew
     for p in model.parameters():
         p.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
