@@ -35,7 +35,7 @@ class Reader:
         self.context = getattr(model.config, "max_position_embeddings", 10 ** 9)
         question = adult.INSTRUCTION + adult.OPENING + "\nlabel:"
         stem, after = self.ids(question), [self.ids(question + a) for a in (" 0", " 1")]
-        if any(a[:-1] != stem for a in after):
+        if not stem or any(a[:-1] != stem or len(a) != len(stem) + 1 for a in after):
             raise InputError('the tokenizer has no single tokens for the answers " 0" and " 1"; use GPT-Neo\'s or tiny/\'s.')
         self.answers = torch.tensor([a[-1] for a in after], device=self.device)
         special = set(tokenizer.all_special_ids)
@@ -146,11 +146,11 @@ class Options:
     attributes: tuple = adult.ATTRIBUTES
     rounds: int = 12
     batch_size: int = 10
-    lr: float = 3e-3
+    lr: float = 1e-3
     prompt_length: int = 10
-    phi_steps: int = 10
+    phi_steps: int = 8
     phi_lr: float = .3
-    restarts: int = 4
+    restarts: int = 3
     tau: float = 1.
     warm_up: float = .2
     swa: float = .4
@@ -342,17 +342,22 @@ def random_search(reader, questions, length, budget, rng):
     return max((score(reader, g, questions), g) for g in (random_prompt(reader, length, rng) for _ in range(budget)))
 
 
-def gumbel_attack(reader, questions, length, budget, rng, restarts=2):
-    """NOT IN THE PAPER: a fresh adversary against the frozen model -> (gap, prompt). A step costs about three forward passes."""
-    o = Options(prompt_length=length, restarts=restarts)
-    adversary, best = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))), (-1., None)
-    for restart in range(restarts):
-        for step in range(max(1, budget // (4 * restarts))):
-            adversary.step(questions, restart)
-            g = adversary.ids(restart)
-            if survives(reader, g):
-                best = max(best, (score(reader, g, questions), g))
-    return best if best[1] else random_search(reader, questions, length, 8, rng)
+def gumbel_attack(reader, questions, length, budget, rng):
+    """NOT IN THE PAPER: a fresh adversary against the frozen model -> (gap, prompt). A step costs about three forward passes.
+
+    It starts from the best of a few random prompts (a tenth of the budget) and samples around what it has learned."""
+    best = random_search(reader, questions, length, max(1, budget // 10), rng)
+    o = Options(prompt_length=length, restarts=1, phi_lr=1.)
+    adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
+    where = {token: i for i, token in enumerate(reader.usable)}
+    with torch.no_grad():
+        adversary.phi[0, range(length), [where[i] for i in best[1]]] += 2.
+    for step in range(max(1, budget * 9 // 40)):
+        adversary.step(questions, 0)
+        g = adversary.ids(0)
+        if survives(reader, g):
+            best = max(best, (score(reader, g, questions), g))
+    return best
 
 
 def gcg(reader, questions, length, budget, rng, candidates=16, top=64):

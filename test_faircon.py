@@ -177,10 +177,11 @@ def test_metrics_by_hand():
     yhat = numpy.array([1, 1, 1, 0, 1, 0, 0, 0])
     assert metrics.dpd(yhat, s) == .75 - .25
     assert metrics.deo(yhat, y, s) == (1 - .5) + (.5 - 0), "Eq. (2) is a sum, not a maximum"
-    p = numpy.array([[.9, .4], [.2, .6]])
-    r = metrics.evaluate(p, [1, 1], [0, 1])
-    assert r["gap"] == pytest.approx(.45) and r["gap_signed"] == pytest.approx(.05) and r["flip_rate"] == 1 and r["acc"] == 1
-    assert r["soft_acc"] == pytest.approx((.9 + .4 + .2 + .6) / 4)
+    p = numpy.array([[.9, .4], [.2, .6], [.3, .3], [.1, .4]])
+    r = metrics.evaluate(p, [1, 1, 0, 0], [0, 1, 0, 1])
+    assert r["gap"] == pytest.approx(.3) and r["gap_signed"] == pytest.approx(-.05) and r["flip_rate"] == .5 and r["acc"] == 1
+    assert r["soft_acc"] == pytest.approx((.9 + .4 + .2 + .6 + .7 + .7 + .9 + .6) / 8)
+    assert r["soft_dpd"] == pytest.approx(.05) and r["soft_deo"] == pytest.approx(.15)
 
 
 def test_empty_group_is_undefined_not_fair():
@@ -251,7 +252,7 @@ def plain(reader, g, person, embeds=None):
 def test_shared_computation_equals_plain_forward_in_value_and_gradient(reader, data):
     for m in lora.inject(reader.model, 4, 16):
         torch.nn.init.normal_(m.B, std=.05)
-    people, theta = people_of(data, 6), lora.theta(reader.model)
+    people, theta = people_of(data, 8), lora.theta(reader.model)
     onehot = F.one_hot(torch.arange(5), len(reader.usable)).float().requires_grad_()
     ours = reader(reader.prefix(onehot), reader.questions(people))
     mine = torch.autograd.grad(faircon.gap(ours), [onehot, *theta])
@@ -265,7 +266,7 @@ def test_shared_computation_equals_plain_forward_in_value_and_gradient(reader, d
 
 def test_few_shot_cache_equals_plain_forward(reader, data):
     shots = adult.few_shot(data.train, 16, .5, numpy.random.default_rng(0))
-    people = people_of(data, 3)
+    people = people_of(data, 4)
     p, _ = reader.predict(reader.questions(people), context=shots)
     for person, row in zip(people, p):
         for k, x in enumerate(adult.twins(person)):
@@ -349,7 +350,8 @@ def test_state_and_restore_go_on_bit_for_bit(data):
 
 def test_attacks_beat_random_search_at_equal_budget(reader, data):
     lora.inject(reader.model, 8, 16)
-    game = faircon.Game(reader, people_of(data, 60, .5), people_of(data, 8), faircon.Options(lam=0., prompts="none", rounds=4, swa=0.), 0)
+    game = faircon.Game(reader, people_of(data, 60, .5), people_of(data, 8),
+                        faircon.Options(lam=0., prompts="none", rounds=4, swa=0., lr=3e-3), 0)
     for _ in range(4):
         game.round()
     lora.merge(reader.model)
@@ -384,8 +386,8 @@ def test_embedded_tokenizer_loses_nothing(data):
 
 @pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's tokenizer is not there")
 def test_gpt2_tokenizer_answers_and_context_limit(data):
-    from transformers import GPT2TokenizerFast
-    tokenizer = GPT2TokenizerFast(vocab_file=str(GPT2 / "vocab.json"), merges_file=str(GPT2 / "merges.txt"))
+    from transformers import GPT2Tokenizer
+    tokenizer = GPT2Tokenizer(vocab=str(GPT2 / "vocab.json"), merges=str(GPT2 / "merges.txt"))
     model = GPTNeoForCausalLM(GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
                                            max_position_embeddings=128)).eval()
     reader = faircon.Reader(model, tokenizer)
@@ -445,7 +447,7 @@ def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
     """SIGKILL at random moments: no half-written file, no lost round, nothing twice, the same JSON."""
     context, rng = multiprocessing.get_context("forkserver"), numpy.random.default_rng(0)
     context.set_forkserver_preload(["torch", "transformers", "train", "faircon", "test_faircon"])
-    words = ["--data", str(tmp_path), *SMALL, "--rounds", "12", "--seeds", "2"]
+    words = ["--data", str(tmp_path), *SMALL, "--rounds", "8"]
     for name in adult.SHA256:  # few rows: reading the data must not take all the time
         lines = (pathlib.Path(DATA) / name).read_text().splitlines()
         (tmp_path / name).write_text("\n".join(lines[:3000]) + "\n")
@@ -463,7 +465,7 @@ def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
     progress = (0, 0)
     while kills < 20:
         p = start(folder, *(["--resume"] if state.exists() else []))
-        p.join(float(rng.uniform(.1, .35)) * min(wall, 4))
+        p.join(float(rng.uniform(.15, .6)) * min(wall, 3))
         if p.exitcode is not None:
             assert p.exitcode == 0
             shutil.rmtree(folder)  # it finished before the blow: begin another
@@ -597,8 +599,6 @@ MADE = [(file_where_a_folder_belongs, "written"), (damaged_state, "damaged"), (o
 @pytest.mark.parametrize("case", OPTION + FOLDERS + MADE, ids=lambda c: c[0] if isinstance(c[0], str) else f"{c[0].__name__} {c[1]}")
 def test_bad_input_is_one_clear_sentence(case, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    if "plot" in str(case[0]):
-        pytest.importorskip("matplotlib") if False else None
     if isinstance(case[0], str):
         words = case[0].split() + ([] if "--data" in case[0] else ["--data", DATA])
     else:
@@ -615,7 +615,8 @@ def test_bad_input_is_one_clear_sentence(case, tmp_path, monkeypatch, capfd):
     message = str(stopped.value) if stopped.value.code not in (1, 2) else captured.err.strip().splitlines()[-1]
     assert stopped.value.code != 0 and message.startswith("train.py: ") and "\n" not in message.strip(), message
     assert re.search(case[-1], message) and "Traceback" not in captured.err, message
-    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("results.json"))[:0 if case[0] is not wrong_adapter else 1]
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list((tmp_path / "runs").glob("*/results.json"))
 
 
 def test_help_is_fast_and_explains_every_flag():

@@ -68,7 +68,7 @@ def parser():
     g.add_argument("--rank", type=int, default=8, help="r of LoRA; the paper's 0.5 %% is 32, the released code has 4")
     g.add_argument("--alpha", type=float, default=16., help="LoRA's alpha; released code 16")
     g.add_argument("--dropout", type=float, default=0., help="of LoRA's input; released code 0.01; it fakes a gap")
-    g.add_argument("--lr", type=float, default=3e-3, help="AdamW's, for theta; released code 5e-4")
+    g.add_argument("--lr", type=float, default=1e-3, help="AdamW's, for theta; released code 5e-4")
     g.add_argument("--rounds", type=int, default=12, help="epochs, each an attack and a pass over the rows; paper 10")
     g.add_argument("--batch-size", type=int, default=10, help="people per step of theta; released code 9 (accumulated)")
     g.add_argument("--swa", type=float, default=.4, help="share of the steps, at the end, that SWA averages (§4.2)")
@@ -397,6 +397,8 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
 def table_3(reader, data, a, folder, config):
     """Every arm for every seed, resumable -> rows."""
     from tqdm import tqdm
+    longest = [reader.usable[0]] * a.prompt_length * (2 if a.attack == "full" else 1)
+    reader.predict(reader.questions(data.test[:1]), longest)  # a prompt beyond the context is refused before the work
     state = State(folder, config, a.resume)
     jobs = [(name, o, seed) for seed in range(a.seed, a.seed + a.seeds) for name, o in arms(a)]
     bar = tqdm(total=sum(a.rounds for _, o, _ in jobs if o is not None), disable=not leader(), unit="round", leave=False)
