@@ -40,7 +40,10 @@ class Reader:
         self.answers = torch.tensor([a[-1] for a in after], device=self.device)
         special = set(tokenizer.all_special_ids)
         words = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), len(self.embed)))])
-        self.usable = [i for i, w in enumerate(words) if i not in special and "\ufffd" not in w and self.ids(w) == [i]]
+        again = tokenizer(words, add_special_tokens=False)["input_ids"]
+        self.usable = [i for i, w in enumerate(words) if i not in special and "\ufffd" not in w and again[i] == [i]]
+        self.mask = torch.full((len(self.embed),), -torch.inf, device=self.device)  # of phi's logits: only text can be a prompt
+        self.mask[self.usable] = 0.
 
     def ids(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -57,10 +60,10 @@ class Reader:
     def prefix(self, g=None, context=adult.INSTRUCTION):
         """Embeddings (P, D) of what stands before the question: the prompt g, a line break, and the instruction or shots.
 
-        g: token ids, or one-hot rows (L, usable) that carry a gradient."""
+        g: token ids, or one-hot rows (L, V) that carry a gradient."""
         rows = [self.embed[torch.tensor(self.ids(context), device=self.device)]]
         if g is not None:
-            g = g.to(self.embed.dtype) @ self.embed[self.usable] if torch.is_tensor(g) else self.embed[list(g)]
+            g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[list(g)]
             rows = [g, self.embed[self.ids("\n")]] + rows
         return torch.cat(rows)
 
@@ -160,11 +163,11 @@ class Options:
 
 
 class Adversary:
-    """g_phi: for each of L positions a categorical distribution over the usable tokens, in several restarts (R, L, V)."""
+    """g_phi: for each of L positions a categorical distribution over the tokens, in several restarts (R, L, V)."""
 
     def __init__(self, reader, o, generator):
         self.reader, self.o, self.generator = reader, o, generator
-        self.phi = (.2 * torch.randn(o.restarts, o.prompt_length, len(reader.usable), generator=generator)).to(reader.device)
+        self.phi = (.2 * torch.randn(o.restarts, o.prompt_length, len(reader.mask), generator=generator)).to(reader.device)
         self.renew()
 
     def renew(self, shrink=1.):
@@ -176,7 +179,7 @@ class Adversary:
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
         noise = -torch.empty(self.phi.shape[1:]).exponential_(generator=self.generator).log().to(self.phi.device)
-        return gumbel_softmax(self.phi[restart], self.o.tau, noise=noise)
+        return gumbel_softmax(self.phi[restart] + self.reader.mask, self.o.tau, noise=noise)
 
     def step(self, questions, restart):
         """One step of phi with theta frozen -> gap before it. No gradient reaches theta: it is asked for phi only."""
@@ -188,7 +191,7 @@ class Adversary:
         return loss.item()
 
     def ids(self, restart):
-        return [self.reader.usable[i] for i in self.draw(restart).argmax(-1).tolist()]
+        return self.draw(restart).argmax(-1).tolist()
 
 
 @contextlib.contextmanager
@@ -349,9 +352,8 @@ def gumbel_attack(reader, questions, length, budget, rng):
     best = random_search(reader, questions, length, max(1, budget // 10), rng)
     o = Options(prompt_length=length, restarts=1, phi_lr=1.)
     adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    where = {token: i for i, token in enumerate(reader.usable)}
     with torch.no_grad():
-        adversary.phi[0, range(length), [where[i] for i in best[1]]] += 2.
+        adversary.phi[0, range(length), best[1]] += 2.
     for step in range(max(1, budget * 9 // 40)):
         adversary.step(questions, 0)
         g = adversary.ids(0)
@@ -368,15 +370,14 @@ def gcg(reader, questions, length, budget, rng, candidates=16, top=64):
     """
     value, g = random_search(reader, questions, length, candidates, rng)
     best, spent = (value, g), candidates
-    where = {token: i for i, token in enumerate(reader.usable)}
     while spent < budget:
-        onehot = F.one_hot(torch.tensor([where[i] for i in g]), len(reader.usable)).float().to(reader.device).requires_grad_()
+        onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()
         with frozen(lora.theta(reader.model)):
             slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)
-        ranked, tried = slope.topk(min(top, slope.shape[1]), -1).indices.cpu(), []
+        ranked, tried = (slope + reader.mask).topk(min(top, len(reader.usable)), -1).indices.cpu(), []
         for _ in range(candidates * 4):
             position, other = int(rng.integers(length)), list(g)
-            other[position] = reader.usable[int(ranked[position, rng.integers(ranked.shape[1])])]
+            other[position] = int(ranked[position, rng.integers(ranked.shape[1])])
             if survives(reader, other) and len(tried) < candidates:
                 tried.append((score(reader, other, questions), other))
         spent += len(tried) + 3

@@ -253,10 +253,10 @@ def test_shared_computation_equals_plain_forward_in_value_and_gradient(reader, d
     for m in lora.inject(reader.model, 4, 16):
         torch.nn.init.normal_(m.B, std=.05)
     people, theta = people_of(data, 8), lora.theta(reader.model)
-    onehot = F.one_hot(torch.arange(5), len(reader.usable)).float().requires_grad_()
+    onehot = F.one_hot(torch.arange(5), len(reader.embed)).float().requires_grad_()
     ours = reader(reader.prefix(onehot), reader.questions(people))
     mine = torch.autograd.grad(faircon.gap(ours), [onehot, *theta])
-    embeds = onehot @ reader.embed[reader.usable]
+    embeds = onehot @ reader.embed
     theirs = torch.stack([plain(reader, None, p, embeds) for p in people], 1)
     assert torch.allclose(ours, theirs, atol=1e-4)
     reference = torch.autograd.grad(faircon.gap(theirs), [onehot, *theta])
@@ -397,6 +397,24 @@ def test_gpt2_tokenizer_answers_and_context_limit(data):
     assert torch.allclose(ours, plain(reader, [5, 6, 7], person), atol=1e-5)
     with pytest.raises(adult.InputError, match="context"):
         reader.predict(reader.questions([person]), context=adult.few_shot(data.train, 16, 0., numpy.random.default_rng(0)))
+
+
+def test_the_twin_is_adults_but_copies_nobody():
+    twin = adult.load(adult.TINY)
+    assert "SYNTHETIC" in twin.source and (len(twin.train), len(twin.test)) == (8000, 4000)
+    assert abs(adult.base_rates(twin.train)[0] - .1963) < .01 and abs(adult.base_rates(twin.test)[0] - .1911) < .01
+    for p in twin.train + twin.test:
+        row = dict(zip(adult.COLUMNS, p.values))
+        assert row["relationship"] not in ("Husband", "Wife") or row["sex"] == ("Male" if row["relationship"] == "Husband" else "Female")
+
+
+@needs_real
+def test_the_twin_coincides_with_real_rows_no_more_than_chance(data):
+    def shape(people):
+        return [p.values[:2] + p.values[3:] + (p.y,) for p in people]
+    real, twin = set(shape(data.train)), adult.load(adult.TINY)
+    chance = numpy.mean([r in real for r in shape(data.test)])
+    assert numpy.mean([r in real for r in shape(twin.train + twin.test)]) <= chance
 
 
 # ---------------------------------------------------------------- the command

@@ -59,7 +59,8 @@ def parser():
     g.add_argument("--data", metavar="DIR", help="folder of adult.data and adult.test (default: cache, UCI, else tiny/)")
     g.add_argument("--bpc", type=float, default=.5, help="b_Pc = P(y=1|s=0) - P(y=1|s=1) of the training rows; paper 0.5")
     g.add_argument("--rows", type=int, default=200, help="training rows, balanced in y and s; paper 200")
-    g.add_argument("--test-rows", type=int, default=1000, help="balanced rows of adult.test; the paper tests on training rows")
+    g.add_argument("--test-rows", type=int, help="balanced rows of adult.test (default: 1000, or as many as there are); the "
+                   "paper tests on training rows")
     g.add_argument("--shots", type=int, default=16, help="labelled people in the prompts of Tables 1 and 2; paper 16")
     g.add_argument("--seeds", type=int, default=1, help="how many seeds (prompt draws in Tables 1 and 2)")
     g.add_argument("--seed", type=int, default=0, help="the first seed; governs everything; released code 42")
@@ -94,7 +95,7 @@ def check(a, given=()):
         for k, v in PAPER_SETTING.items():
             if f"--{k.replace('_', '-')}" not in given:
                 setattr(a, k, v)
-    for name, low in (("rows", 2), ("test_rows", 4), ("seeds", 1), ("rank", 1), ("rounds", 1), ("batch_size", 1), ("shots", 2),
+    for name, low in (("rows", 2), *([("test_rows", 4)] if a.test_rows is not None else []), ("seeds", 1), ("rank", 1), ("rounds", 1), ("batch_size", 1), ("shots", 2),
                       ("prompt_length", 1), ("phi_steps", 1), ("restarts", 1), ("pool", 1), ("seed", 0)):
         if getattr(a, name) < low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)} is impossible: it must be at least {low}.")
@@ -111,7 +112,8 @@ def check(a, given=()):
     if pathlib.PurePath(a.name).name != a.name:
         raise InputError(f"--name {a.name!r} must be a plain folder name; it becomes runs/NAME.")
     adult.cells(a.rows, a.bpc)
-    adult.cells(a.test_rows, a.bpc)
+    if a.test_rows is not None:
+        adult.cells(a.test_rows, a.bpc)
     if a.plot:
         plotting()
 
@@ -277,6 +279,14 @@ def measure(reader, people, g=None, context=adult.INSTRUCTION, attributes=adult.
     if intervals:
         out["ci"] = metrics.bootstrap(p, y, s)
     return out
+
+
+def enough(people, bpc, most=1000):
+    """The largest number of test rows, at most `most`, that the data can give both balanced and at b_Pc."""
+    have = {(s, y): sum(p.s == s and p.y == y for p in people) for s in (0, 1) for y in (0, 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return next((n for n in range(most, 4, -8) if all(have[c] >= k for b in (0., bpc) for c, k in adult.cells(n, b).items())), 4)
 
 
 def attacks(reader, a, data, rows, validation, attributes, own, seed):
@@ -534,6 +544,7 @@ def run(a):
     say = print if leader() else lambda *_: None
     data = adult.load(a.data)
     say(f"data: {data.source}, {len(data.train)} train and {len(data.test)} test rows, sha256 {data.sha256['adult.data'][:12]}…")
+    a.test_rows = a.test_rows or enough(data.test, a.bpc)
     reader, how = load_model(a.model, a.dtype, a.device)
     rate = matrix_rate(reader.device, reader.model.dtype)
     size = sum(p.numel() for p in reader.model.parameters())
