@@ -322,7 +322,7 @@ def arms(a):
     """The models of Table 3 -> list of (name, options of the game; None where nothing is trained)."""
     if a.prompt_only:
         return [("frozen", None), ("frozen, random prompt", None), ("frozen, fair prompt", {"sign": -1})]
-    out = [("constant", None), ("frozen", None)] + [(n, {"lam": 0., **o}) for n, o in ARMS.items()
+    out = [("constant", None), ("frozen", None)] + [(n, {"lam": a.lam[0], **o}) for n, o in ARMS.items()
                                                     if n != "FairCon" and (a.baselines or n not in BASELINES)]
     return out + [("FairCon", {"lam": lam}) for lam in a.lam if lam] or out
 
