@@ -296,18 +296,21 @@ def test_task_reads_the_twin_that_is_the_person(data):
 # ---------------------------------------------------------------- the game
 
 def test_adversary_raises_the_gap_and_touches_phi_alone(reader, data):
-    game = game_of(reader, data, phi_lr=1.)
-    theta, phi = [p.detach().clone() for p in game.theta], game.adversary.phi.detach().clone()
-    seen = [game.adversary.step(game.questions, 0) for _ in range(25)]
-    assert numpy.mean(seen[-5:]) > numpy.mean(seen[:5]), "phi maximises the gap"
+    seen = []
+    for seed in range(3):  # some first draws are lucky
+        game = game_of(reader, data, seed, phi_lr=1.)
+        theta, phi = [p.detach().clone() for p in game.theta], game.adversary.phi.detach().clone()
+        seen.append([game.adversary.step(game.questions, 0) for _ in range(60)])
+    seen = numpy.mean(seen, 0)
+    assert seen[-20:].mean() > 1.2 * seen[:10].mean(), "phi maximises the gap"
     assert all(p.grad is None and torch.equal(p, w) and p.requires_grad for p, w in zip(game.theta, theta))
     assert not torch.equal(phi, game.adversary.phi)
 
 
 def test_other_sign_is_equation_4(reader, data):
     game = game_of(reader, data, sign=-1, phi_lr=1.)
-    seen = [game.adversary.step(game.questions, 0) for _ in range(25)]
-    assert numpy.mean(seen[-5:]) < numpy.mean(seen[:5]), "Eq. (4) minimises the gap"
+    seen = [game.adversary.step(game.questions, 0) for _ in range(60)]
+    assert numpy.mean(seen[-20:]) < .9 * numpy.mean(seen[:10]), "Eq. (4) minimises the gap"
 
 
 def test_model_step_lowers_the_gap_and_leaves_the_base_alone(reader, data):

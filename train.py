@@ -537,8 +537,9 @@ def run(a):
     folder = pathlib.Path("runs") / a.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "probe", b"")
-        (folder / "probe").unlink()
+        if leader():
+            write(folder / "probe", b"")
+            (folder / "probe").unlink()
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); free it, or change --name or the folder.") from None
     say = print if leader() else lambda *_: None
