@@ -452,8 +452,11 @@ def test_the_real_command(tmp_path):
 
 def test_tables_1_and_2_and_equation_4(tmp_path):
     common = ["--data", DATA, "--test-rows", "20"]
-    assert "natural, natural test" in command(*common, "--table", "1", cwd=tmp_path).stdout
-    assert "counterbalanced" in command(*common, "--table", "2", cwd=tmp_path).stdout
+    lines = {k: line for t in "12" for line in command(*common, "--table", t, "--shots", "4", cwd=tmp_path).stdout.splitlines()
+             for k in [re.split(r"  +", line)[0]]}
+    for name, paper in (("b = 0", "75.5"), ("b = 0.5", "70.5"), ("b = 1", "68.5"), ("natural, natural test", "85"),
+                        ("b = 0, counterbalanced", "81.5")):
+        assert paper in lines[name].split("   ")[-1], "the paper's figures must stand beside their own row"
     assert "frozen, fair prompt" in command(*common, *SMALL, "--prompt-only", cwd=tmp_path).stdout
 
 

@@ -448,15 +448,20 @@ def few_shot_rows(reader, data, a):
 
 # ---------------------------------------------------------------- tables, pictures, results
 
+def label(row):
+    """What the row is called in the tables."""
+    return row["name"] + (f" lam={row['lam']:g}" if row["name"] == "FairCon" else "")
+
+
 def summary(rows):
     """Mean and standard deviation over seeds of every number -> {label: {metric: [mean, std]}}."""
     import numpy
     groups, out = {}, {}
     for r in rows:
-        groups.setdefault(r["name"] + (f" lam={r['lam']:g}" if r["name"] == "FairCon" else ""), []).append(r)
-    for label, some in groups.items():
+        groups.setdefault(label(r), []).append(r)
+    for name, some in groups.items():
         numbers = [k for k, v in some[0].items() if isinstance(v, float) and k not in ("seconds", "peak_gb", "lam", "bpc")]
-        out[label] = {k: [float(numpy.mean([r[k] for r in some])), float(numpy.std([r[k] for r in some], ddof=min(1, len(some) - 1)))]
+        out[name] = {k: [float(numpy.mean([r[k] for r in some])), float(numpy.std([r[k] for r in some], ddof=min(1, len(some) - 1)))]
                       for k in numbers}
     return out
 
@@ -470,11 +475,11 @@ def show(rows, a):
     cell = (lambda m, d: f"{m:.3f}±{d:.3f}") if a.seeds > 1 else (lambda m, d: f"{m:.3f}")
     wide = 13 if a.seeds > 1 else 10
     print("\n" + f"{'':<25}" + "".join(f"{c[0]:>{wide}}" for c in columns) + "   paper: ACC M_dpd M_deo")
-    for label, values in s.items():
-        first = next(r for r in rows if label.startswith(r["name"]) and (r["name"] != "FairCon" or label.endswith(f"={r['lam']:g}")))
-        key = first["name"] if a.table == 3 else ("b", first["bpc"], *(["counterbalanced"] if first["counterbalanced"] else []))
-        paper = PAPER.get(key) if "balanced test" not in label else None
-        print(f"{label:<25}" + "".join(f"{cell(*values[c[1]]) if c[1] in values else '-':>{wide}}" for c in columns)
+    for name, values in s.items():
+        r = next(r for r in rows if label(r) == name)
+        key = r["name"] if a.table == 3 else ("b", r["bpc"], *(["counterbalanced"] if r["counterbalanced"] else []))
+        paper = PAPER.get(key) if "balanced test" not in name else None
+        print(f"{name:<25}" + "".join(f"{cell(*values[c[1]]) if c[1] in values else '-':>{wide}}" for c in columns)
               + ("   " + " ".join(f"{x:g}" for x in paper) if paper else ""))
     for r in rows:
         if r.get("warning"):
