@@ -67,45 +67,45 @@ class Reader:
             rows = [g, self.embed[self.ids("\n")]] + rows
         return torch.cat(rows)
 
-    def __call__(self, prefix, questions):
+    def __call__(self, prefix, questions, past=None):
         """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man.
 
-        Exactly what the plain forward pass of every whole text gives (tested), but the prefix is computed once, and what two
-        twins share once for both. Keys and values are expanded, not detached: the gradient is exact too. Between the shared
-        part and the rest, each row's padding is rolled to the front, so that GPT-Neo's local window counts real tokens only.
+        Exactly what the plain forward pass of every whole text gives (tested), but the prefix is computed once for everybody, and
+        what two twins share once for both, up to where the shortest shared part of the batch ends: so nothing but the end of
+        the rest is padded, where causal attention does not look. Keys and values are expanded, not detached: the gradient is
+        exact too. `past`, the prefix already read, spares doing it again.
         """
-        P, B = len(prefix), len(questions)
-        head, h = pad([q[0] for q in questions], self.device)  # (B, Th), (B,)
-        tail, t = pad([q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, Tt), (2B,)
-        T = P + head.shape[1]
-        if T + tail.shape[1] > self.context:
-            raise InputError(f"prompt and question are {T + tail.shape[1]} tokens and the model's context is {self.context}; "
+        B, k = len(questions), min(len(q[0]) for q in questions)
+        head = torch.tensor([q[0][:k] for q in questions], device=self.device)  # (B, k)
+        tail, t = pad([q[0][k:] + q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, T), (2B,)
+        longest = len(prefix) + k + tail.shape[1]
+        if longest > self.context:
+            raise InputError(f"prompt and question are {longest} tokens and the model's context is {self.context}; "
                              "use a shorter prompt or fewer shots.")
-        seen = P + int(h.sum()) + int(t.sum())
+        seen = (len(prefix) if past is None else 0) + head.numel() + int(t.sum())
         self.tokens += seen
         self.flop += 2 * (seen * self.weights + 2 * B * self.embed.numel()) * (2 if torch.is_grad_enabled() else 1)
-        body, at = self.model.base_model, torch.arange(T, device=self.device)
-        first = body(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
-        past = copy(first, lambda x: x.expand(B, -1, -1, -1))
-        past = body(input_ids=head, past_key_values=past, use_cache=True, position_ids=at[P:].expand(B, -1)).past_key_values
-        padding = head.shape[1] - h
-        roll = ((at - padding[:, None]) % T)[:, None, :, None]  # (B, 1, T, 1)
-        past = copy(past, lambda x: x.gather(2, roll.expand(-1, x.shape[1], -1, x.shape[3])).repeat(2, 1, 1, 1))
-        mask = torch.cat([(at >= padding[:, None]).repeat(2, 1), torch.ones_like(tail, dtype=torch.bool)], 1).long()
-        places = (P + h).repeat(2)[:, None] + torch.arange(tail.shape[1], device=self.device)
-        last = body(input_ids=tail, past_key_values=past, use_cache=True, attention_mask=mask,
-                    position_ids=places.clamp(max=self.context - 1)).last_hidden_state
+        past = copy(self.read(prefix) if past is None else past, lambda x: x.expand(B, -1, -1, -1))
+        past = self.model.base_model(input_ids=head, past_key_values=past, use_cache=True).past_key_values
+        past = copy(past, lambda x: x.repeat(2, 1, 1, 1))
+        last = self.model.base_model(input_ids=tail, past_key_values=past, use_cache=True).last_hidden_state
         last = last[torch.arange(2 * B, device=self.device), t - 1]  # (2B, D): nobody reads the other positions
         return self.model.get_output_embeddings()(last).float().view(2, B, -1)
+
+    def read(self, prefix):
+        """Keys and values of a prefix (P, D)."""
+        return self.model.base_model(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
 
     @torch.no_grad()
     def predict(self, questions, g=None, context=adult.INSTRUCTION, batch=64):
         """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
         prefix, p, mass = self.prefix(g, context), numpy.zeros((len(questions), 2)), []
-        batch = max(1, min(batch, 16384 // len(prefix)))
+        batch, past = max(1, min(batch, 16384 // len(prefix))), self.read(prefix) if len(prefix) < self.context else None
+        self.tokens += len(prefix)
+        self.flop += 2 * len(prefix) * self.weights
         by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
         for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
-            q = self(prefix, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
+            q = self(prefix, [questions[i] for i in part], past).softmax(-1)[..., self.answers]  # (2, B, 2)
             p[part] = (q[..., 1] / q.sum(-1)).T.double().cpu().numpy()
             mass.append(q.sum(-1).mean(0).cpu())
         return p, float(torch.cat(mass).mean())

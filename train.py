@@ -149,6 +149,8 @@ def load_model(name, dtype="auto", device="auto"):
         raise InputError(f"{name} is not a model directory (no config.json); give one, or a hub id such as EleutherAI/gpt-neo-125m.")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
+        if getattr(config, "activation_function", "") == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel, not six
         fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         large = config.hidden_size >= 512
         why = "as asked"
