@@ -53,6 +53,7 @@ def parser():
     g.add_argument("--baselines", action="store_true", help=f"train also: {', '.join(BASELINES)}")
     g.add_argument("--attack", choices=("none", "quick", "full"), default="quick", help="how hard to attack each model")
     g.add_argument("--eval", metavar="RUN", help="load the adapter of a run and check that its metrics come out again")
+    g.add_argument("--cost", action="store_true", help="seconds and GB of one step against batch, prompt length and shots")
     g.add_argument("--resume", action="store_true", help="go on with the interrupted run of the same name and options")
     g.add_argument("--paper", action="store_true", help="every option as in the paper (released code where it is silent)")
     g = p.add_argument_group("data (§2)")
@@ -95,9 +96,9 @@ def check(a, given=()):
         for k, v in PAPER_SETTING.items():
             if f"--{k.replace('_', '-')}" not in given:
                 setattr(a, k, v)
-    for name, low in (("rows", 2), *([("test_rows", 4)] if a.test_rows is not None else []), ("seeds", 1), ("rank", 1), ("rounds", 1), ("batch_size", 1), ("shots", 2),
+    for name, low in (("rows", 2), ("test_rows", 4), ("seeds", 1), ("rank", 1), ("rounds", 1), ("batch_size", 1), ("shots", 2),
                       ("prompt_length", 1), ("phi_steps", 1), ("restarts", 1), ("pool", 1), ("seed", 0)):
-        if getattr(a, name) < low:
+        if getattr(a, name) is not None and getattr(a, name) < low:
             raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)} is impossible: it must be at least {low}.")
     for name in ("tau", "lr", "phi_lr", "alpha"):
         if not 0 < getattr(a, name) < math.inf:
@@ -529,6 +530,51 @@ def evaluate_run(a):
     print("every saved metric came out again, exactly")
 
 
+def cost_of(a, shots):
+    """One line of --cost: one step of phi and of theta, or (with `shots`) 200 people behind a few-shot prompt -> Clock's phases, GB."""
+    import faircon
+    import lora
+    import numpy
+    reader, _ = load_model(a.model, a.dtype, a.device)
+    data, rng = adult.load(a.data), numpy.random.default_rng(a.seed)
+    clock, people = Clock(reader), adult.sample(data.train, max(200, 4 * a.batch_size), 0., rng)
+    if shots:
+        questions, prompt = reader.questions(people[:200]), adult.few_shot(data.train, shots, 0., rng)
+        with clock("evaluation"):
+            reader.predict(questions, context=prompt)
+    else:
+        lora.inject(reader.model, a.rank, a.alpha)
+        o = faircon.Options(batch_size=a.batch_size, prompt_length=a.prompt_length, restarts=1)
+        game = faircon.Game(reader, people, [], o, a.seed)
+        for k in range(4):  # the first warms up
+            rows = range(k * a.batch_size, (k + 1) * a.batch_size)
+            with clock("phi") if k else contextlib.nullcontext():
+                game.adversary.step([game.questions[i] for i in rows], 0)
+            game.pool = [game.adversary.ids(0)]
+            with clock("theta") if k else contextlib.nullcontext():
+                game.model_step(rows, a.lam[0])
+    return clock.report(), peak_gb(), matrix_rate(reader.device, reader.model.dtype)
+
+
+def cost(a):
+    """--cost: how seconds and memory grow. Each line is a process of its own, because a peak of memory never goes down."""
+    import concurrent.futures
+    import multiprocessing
+    lines = [("batch size", "batch_size", v) for v in (1, 2, 4, 8, 16)] + [("prompt length", "prompt_length", v) for v in (5, 20, 80)]
+    print(f"{a.model}: a text is one person as one sex, with gradients; --batch-size {a.batch_size}, --prompt-length {a.prompt_length}")
+    print(f"{'':<19}{'phi: texts/s':>14}{'theta: texts/s':>16}{'of matrix rate':>16}{'peak GB':>9}")
+    for name, key, value in lines + [("shots", None, v) for v in (4, 8, 16)]:
+        b = argparse.Namespace(**{**vars(a), **({key: value} if key else {})})
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            phases, gb, rate = pool.submit(cost_of, b, None if key else value).result()
+        if key:
+            speed = [3 * 2 * b.batch_size * n / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 2))]  # theta: two prompts
+            text = f"{speed[0]:>14.2f}{speed[1]:>16.2f}{100 * phases['theta']['gflop_per_second'] / rate:>14.0f} %"
+        else:
+            text = f"{200 / phases['evaluation']['seconds']:>14.2f} people a second, both twins"
+        print(f"{name + ' ' + str(value):<19}{text}{gb:>9.2f}", flush=True)
+
+
 def run(a):
     import numpy
     import torch
@@ -597,6 +643,8 @@ def main(argv=None):
             print("the paper's setting: " + " ".join(f"--{k.replace('_', '-')} {getattr(a, k)}" for k in PAPER_SETTING))
         if a.eval:
             evaluate_run(a)
+        elif a.cost:
+            cost(a)
         else:
             run(a)
     except InputError as problem:
