@@ -140,23 +140,29 @@ def task(logits, people, answers, both=False):
 
 # ---------------------------------------------------------------- the game
 
+THREE = 3  # prompts of a step of theta, see Game.prompts
+
+
 @dataclass
 class Options:
     """Everything the game can be told; train.py's --help explains each."""
     lam: float = 1.
-    prompts: str = "adversarial"  # what stands in front in the model's step beside nothing: adversarial | random | none
+    prompts: str = "adversarial"  # what stands in front in the model's step, see Game.prompts: adversarial | random | none
     cda: bool = False
     attributes: tuple = adult.ATTRIBUTES
     rounds: int = 12
     batch_size: int = 10
     lr: float = 1e-3
-    prompt_length: int = 10
+    prompt_length: int = 40
     phi_steps: int = 8
     phi_lr: float = .3
+    phi_eps: float = 1e-16
+    shrink: float = .3
     restarts: int = 3
     tau: float = 1.
-    warm_up: float = .2
+    warm_up: float = .3
     swa: float = .4
+    swa_phi: bool = False
     pool: int = 8
     sign: int = 1  # of the adversary: +1 maximises the gap, Eq. (3); -1 minimises it, Eq. (4)
     history: list = field(default_factory=list)
@@ -174,7 +180,7 @@ class Adversary:
         """A collapsed distribution cannot follow a moving model: pull it back towards uniform and forget Adam's moments.
         Straight-through gradients on 50,000 logits are 1e-6 and smaller: with Adam's usual eps of 1e-8 nothing moves."""
         self.phi = (self.phi.detach() * shrink).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=1e-16)
+        self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=self.o.phi_eps)
 
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
@@ -257,36 +263,45 @@ class Game:
     def attack(self):
         """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones."""
         o, found = self.o, []
-        self.adversary.renew(shrink=.3)
+        self.adversary.renew(o.shrink)
+        average = SWA([self.adversary.phi])  # what the released code averages, for comparison
         for restart in range(o.restarts):
             for _ in range(o.phi_steps):
                 rows = mine(self.rng.permutation(len(self.people))[:o.batch_size])
                 self.adversary.step([self.questions[i] for i in rows], restart)
-            found += [self.adversary.ids(restart) for _ in range(2)]
+                if o.swa_phi:
+                    average.update()
+            with average.averaged():
+                found += [self.adversary.ids(restart) for _ in range(2)]
         best = max((o.sign * score(self.reader, g, self.validation), g) for g in found)
         self.pool = (self.pool + [best[1]])[-o.pool:]
         return o.sign * best[0]
 
-    def prompt(self):
-        """The prompt of one step of the model: the current adversary, a past worst one, or random tokens."""
-        if self.o.prompts == "random":
+    def prompts(self):
+        """The prompts of one step of the model: none ("no prompt" is one draw of g), the adversary's as it is, a past worst one."""
+        def random_tokens():
             return [self.reader.usable[i] for i in self.rng.integers(len(self.reader.usable), size=self.o.prompt_length)]
-        if self.rng.random() < .5:
-            return self.pool[self.rng.integers(len(self.pool))]
-        return self.adversary.ids(int(self.rng.integers(self.o.restarts)))
+        if self.o.prompts == "none":
+            return [None]
+        if self.o.prompts == "random":
+            return [None, random_tokens(), random_tokens()]
+        return [None, self.adversary.ids(int(self.rng.integers(self.o.restarts))), self.pool[self.rng.integers(len(self.pool))]]
 
     def loss(self, rows, lam, prompts):
-        """theta's objective in Eq. (3) on some people, averaged over prompts (None: the clean one) -> loss, task, gap."""
+        """theta's objective in Eq. (3) on some people under some prompts (None: the clean one) -> loss, mean task, mean gap.
+
+        The task is averaged over the prompts, and the gap of each weighs lam; THREE always, so that lam means the same
+        where all three are none and are computed once.
+        """
         people, questions = [self.people[i] for i in rows], [self.questions[i] for i in rows]
         outputs = [self.reader(self.reader.prefix(g), questions) for g in prompts]
         t = torch.stack([task(z, people, self.reader.answers, self.o.cda) for z in outputs]).mean()
         d = torch.stack([gap(z) for z in outputs]).mean()
-        return (t + lam * d if lam else t), t, d
+        return (t + lam * THREE * d if lam else t), t, d
 
     def model_step(self, rows, lam):
-        """theta's half: one step on a batch. Half of the loss stands under no prompt: "no prompt" is one draw of g."""
-        prompts = [None] if self.o.prompts == "none" else [None, self.prompt()]
-        loss, t, d = self.loss(rows, lam, prompts)
+        """theta's half: one step on a batch -> (task, gap) before it."""
+        loss, t, d = self.loss(rows, lam, self.prompts())
         if not torch.isfinite(loss):
             raise InputError(f"the loss is {loss.item()} in round {self.done + 1}; the learning rate ({self.o.lr}) or lam "
                              f"({self.o.lam}) is likely too high: lower it.")

@@ -327,7 +327,7 @@ def test_lam_reaches_the_gradient(reader, data):
     grads = [torch.autograd.grad(game.loss(range(10), lam, [None])[0], game.theta) for lam in (0., 1.)]
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(*grads))
     loss, t, d = game.loss(range(10), 2., [None, reader.usable[:10]])
-    assert loss.item() == pytest.approx(t.item() + 2 * d.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(t.item() + 2 * faircon.THREE * d.item(), abs=1e-5), "the gap of each of the three prompts weighs lam"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(reader, data):
@@ -463,7 +463,6 @@ def test_tables_1_and_2_and_equation_4(tmp_path):
 def child(folder, words):
     os.chdir(folder)
     sys.stderr = sys.stdout = open(os.devnull, "w")
-    torch.set_num_threads(1)
     train.main(words)
 
 

@@ -27,9 +27,13 @@ ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam"
         "sex removed": {"lam": 0., "prompts": "none", "attributes": SEXLESS}, "no adversary": {"prompts": "none"},
         "random prompts": {"prompts": "random"}, "FairCon": {}}
 BASELINES = ("sex removed", "no adversary", "random prompts")
+ABLATION = {"FairCon": {}, "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.}, "one restart": {"restarts": 1},
+            "no past prompts": {"pool": 1}, "phi not shrunk": {"shrink": 1.}, "phi: Adam's eps 1e-8": {"phi_eps": 1e-8},
+            "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
+GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "tau", "warm_up", "swa", "pool")
 SENTENCES = ("Men earn more than women.", "Women always earn less.", "Answer 1 for every man and 0 for every woman.")
 PAPER_SETTING = {"model": "EleutherAI/gpt-neo-1.3B", "bpc": .5, "rank": 32, "alpha": 16., "dropout": .01, "lr": 5e-4, "rounds": 10,
-                 "rows": 200, "batch_size": 9, "prompt_length": 10, "phi_lr": .1, "tau": 1., "restarts": 1}
+                 "rows": 200, "batch_size": 9, "prompt_length": 10, "phi_lr": .1, "tau": 1., "restarts": 1, "warm_up": 0., "pool": 1}
 
 
 # ---------------------------------------------------------------- the command line
@@ -51,6 +55,7 @@ def parser():
     g.add_argument("--table", type=int, choices=(1, 2, 3), default=3, help="which table of the paper")
     g.add_argument("--prompt-only", action="store_true", help="Eq. (4): freeze the model and learn a fair prompt")
     g.add_argument("--baselines", action="store_true", help=f"train also: {', '.join(BASELINES)}")
+    g.add_argument("--ablation", action="store_true", help="FairCon with one part of the recipe changed at a time")
     g.add_argument("--attack", choices=("none", "quick", "full"), default="quick", help="how hard to attack each model")
     g.add_argument("--eval", metavar="RUN", help="load the adapter of a run and check that its metrics come out again")
     g.add_argument("--cost", action="store_true", help="seconds and GB of one step against batch, prompt length and shots")
@@ -73,12 +78,13 @@ def parser():
     g.add_argument("--lr", type=float, default=1e-3, help="AdamW's, for theta; released code 5e-4")
     g.add_argument("--rounds", type=int, default=12, help="epochs, each an attack and a pass over the rows; paper 10")
     g.add_argument("--batch-size", type=int, default=10, help="people per step of theta; released code 9 (accumulated)")
+    g.add_argument("--warm-up", type=float, default=.3, help="share of the rounds before lam begins to rise; paper 0")
     g.add_argument("--swa", type=float, default=.4, help="share of the steps, at the end, that SWA averages (§4.2)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
     g = p.add_argument_group("the game: lam and the adversary, phi (§3)")
     g.add_argument("--lam", type=float, nargs="+", default=[1.], help="weight of the gap in Eq. (3); several give the trade-off")
-    g.add_argument("--prompt-length", type=int, default=10, help="tokens of g; paper 10")
+    g.add_argument("--prompt-length", type=int, default=40, help="tokens of g; paper 10")
     g.add_argument("--tau", type=float, default=1., help="temperature of Gumbel-softmax (§3.2); released code 1")
     g.add_argument("--phi-lr", type=float, default=.3, help="Adam's, for phi; released code 0.1 (and eps too large to learn)")
     g.add_argument("--phi-steps", type=int, default=8, help="steps of each restart of phi in a round")
@@ -103,7 +109,7 @@ def check(a, given=()):
     for name in ("tau", "lr", "phi_lr", "alpha"):
         if not 0 < getattr(a, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)} is impossible: it must be a positive number.")
-    for name, value, top in (("swa", a.swa, 1), ("dropout", a.dropout, .99), *(("lam", v, 1e9) for v in a.lam)):
+    for name, value, top in (("swa", a.swa, 1), ("warm-up", a.warm_up, 1), ("dropout", a.dropout, .99), *(("lam", v, 1e9) for v in a.lam)):
         if not 0 <= value <= top:
             raise InputError(f"--{name} {value} is impossible: it must lie between 0 and {top:g}.")
     if a.plot and not a.plot.endswith((".png", ".svg", ".pdf")):
@@ -154,6 +160,8 @@ def load_model(name, dtype="auto", device="auto"):
             config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel, not six
         fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         large = config.hidden_size >= 512
+        if not large:
+            torch.set_num_threads(1)  # a second core gains a tenth; so the numbers are the same on any number of cores
         why = "as asked"
         if dtype == "auto":
             dtype = "bfloat16" if fast and large else "float32"
@@ -168,7 +176,7 @@ def load_model(name, dtype="auto", device="auto"):
         raise InputError(f"{name} lacks weights ({len(info['missing_keys'])} missing, {len(info['mismatched_keys'])} of another "
                          "shape); it is not a whole causal language model: download it again.")
     reader = faircon.Reader(model.to(device).eval(), tokenizer)
-    return reader, f"{dtype} ({why}) on {device} ({torch.get_num_threads()} threads)"
+    return reader, f"{dtype} ({why}) on {device} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
 
 
 def load_run(directory, options=None):
@@ -297,9 +305,9 @@ def attacks(reader, a, data, rows, validation, attributes, own, seed):
     import numpy
     import faircon
     rng, full = numpy.random.default_rng((seed, 5)), a.attack == "full"
-    budget, found = (320, {}) if full else (48, {})
+    budget, found = (160, {}) if full else (48, {})
     questions = reader.questions(validation[:48 if full else 24], attributes)
-    for length in (a.prompt_length, 2 * a.prompt_length) if full else (a.prompt_length,):
+    for length in sorted({10, a.prompt_length, 2 * a.prompt_length}) if full else (a.prompt_length,):
         for name, attack in (("random", faircon.random_search), ("gumbel", faircon.gumbel_attack), ("gcg", faircon.gcg)):
             found[f"{name} {length}"] = attack(reader, questions, length, budget, rng)[1]
     survivors = [g for g in own if faircon.survives(reader, g)]
@@ -325,6 +333,8 @@ def arms(a):
     """The models of Table 3 -> list of (name, options of the game; None where nothing is trained)."""
     if a.prompt_only:
         return [("frozen", None), ("frozen, random prompt", None), ("frozen, fair prompt", {"sign": -1})]
+    if a.ablation:
+        return [(n, {"lam": a.lam[0], **o}) for n, o in ABLATION.items()]
     out = [("constant", None), ("frozen", None)] + [(n, {"lam": a.lam[0], **o}) for n, o in ARMS.items()
                                                     if n != "FairCon" and (a.baselines or n not in BASELINES)]
     return out + [("FairCon", {"lam": lam}) for lam in a.lam if lam] or out
@@ -353,8 +363,7 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
         never = numpy.zeros((len(y), 2))
         return {**row, **metrics.evaluate(never, y, s), "ci": metrics.bootstrap(never, y, s), "prompt": None,
                 "acc_bpc": 1 - sum(x.y for x in test_bpc) / len(test_bpc), "seconds": 0., "tokens_per_second": 0, "peak_gb": 0.}
-    o = faircon.Options(**{k: getattr(a, k) for k in ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr",
-                                                      "restarts", "tau", "swa", "pool")}, **(options or {}))
+    o = faircon.Options(**{**{k: getattr(a, k) for k in GAME}, **(options or {})})
     lora.inject(reader.model, a.rank, a.alpha, a.dropout, seed)
     own, raw, g = [], None, None
     if options is not None:
@@ -390,8 +399,9 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
         row["acc_bpc"] = measure(reader, test_bpc, g, attributes=o.attributes)["acc"]
     row["prompt"] = reader.tokenizer.decode(own[-1]) if own else reader.tokenizer.decode(g) if g else None
     if raw:
-        row["raw"] = {k: raw[k] for k in ("acc", "gap", "flip_rate")}  # without SWA
+        row.update({f"raw_{k}": raw[k] for k in ("acc", "gap", "flip_rate", "positives")})  # without SWA
     if a.attack != "none" and not a.prompt_only:
+        bar.set_postfix_str("attacks")
         with clock("attacks"):
             row["worst"] = attacks(reader, a, data, test if a.attack == "full" else test[:200], validation, o.attributes, own, seed)
         worst = max((v for v in row["worst"].values() if v["tokens"]), key=lambda v: v["gap"])
@@ -484,6 +494,17 @@ def show(rows, a):
         paper = PAPER.get(key) if "balanced test" not in name else None
         print(f"{name:<25}" + "".join(f"{cell(*values[c[1]]) if c[1] in values else '-':>{wide}}" for c in columns)
               + ("   " + " ".join(f"{x:g}" for x in paper) if paper else ""))
+    trained = [k for k in s if "raw_gap" in s[k]]
+    if trained:
+        print("\n" + f"{'without SWA':<25}" + "".join(f"{c:>{wide}}" for c in ("ACC", "gap", "flip")) + "   gap on the training rows, round by round")
+    for name in trained:
+        some = [r for r in rows if label(r) == name]
+        rounds = [sum(r["history"][k]["gap"] for r in some) / len(some) for k in range(len(some[0]["history"]))]
+        print(f"{name:<25}" + "".join(f"{cell(*s[name][k]):>{wide}}" for k in ("raw_acc", "raw_gap", "raw_flip_rate"))
+              + "   " + " ".join(f"{g:.3f}" for g in rounds))
+        if some[0]["lam"]:
+            failed = [sum(not (.02 < r[p + "positives"] < .98 and r[p + "gap"] <= .05) for r in some) for p in ("raw_", "")]
+            print(f"{'':<25}collapsed or gap above .05: {failed[0]} of {len(some)} without SWA, {failed[1]} with")
     for r in rows:
         if r.get("warning"):
             print(f"WARNING {r['name']}, seed {r['seed']}: {r['warning']}")
