@@ -306,7 +306,7 @@ def attacks(reader, a, data, rows, validation, attributes, own, seed):
     import faircon
     rng, full = numpy.random.default_rng((seed, 5)), a.attack == "full"
     budget, found = (160, {}) if full else (48, {})
-    questions = reader.questions(validation[:48 if full else 24], attributes)
+    questions = reader.questions(validation[:24], attributes)
     for length in sorted({10, a.prompt_length, 2 * a.prompt_length}) if full else (a.prompt_length,):
         for name, attack in (("random", faircon.random_search), ("gumbel", faircon.gumbel_attack), ("gcg", faircon.gcg)):
             found[f"{name} {length}"] = attack(reader, questions, length, budget, rng)[1]
