@@ -34,7 +34,7 @@ REAL = HERE.parent / "shared" / "adult"
 GPT2 = HERE.parent / "shared" / "gpt2_tokenizer"
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(), reason="the published Adult files are not there")
 DATA = str(REAL) if (REAL / "adult.data").exists() else str(adult.TINY)
-SMALL = ["--rows", "20", "--test-rows", "40", "--rounds", "3", "--phi-steps", "2", "--restarts", "2", "--attack", "none"]
+SMALL = ["--rows", "20", "--test-rows", "40", "--rounds", "3", "--phi-steps", "2", "--restarts", "2", "--prompt-length", "10", "--attack", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def people_of(data, n, bpc=0., seed=0):
 
 def game_of(reader, data, seed=0, **options):
     lora.inject(reader.model, 4, 16, seed=seed)
-    o = faircon.Options(**{"rounds": 2, "phi_steps": 2, "restarts": 2, **options})
+    o = faircon.Options(**{"rounds": 2, "phi_steps": 2, "restarts": 2, "prompt_length": 10, **options})
     return faircon.Game(reader, people_of(data, 20, .5), people_of(data, 8), o, seed)
 
 
@@ -331,7 +331,7 @@ def test_lam_reaches_the_gradient(reader, data):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(reader, data):
-    game = game_of(reader, data)
+    game = game_of(reader, data, prompts="none")
     game.theta[0].data[:] = float("nan")
     with pytest.raises(adult.InputError, match="round 1"):
         game.model_step(range(4), 0.)
