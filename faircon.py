@@ -145,7 +145,7 @@ THREE = 3  # prompts of a step of theta, see Game.prompts
 
 @dataclass
 class Options:
-    """Everything the game can be told; train.py's --help explains each."""
+    """Everything the game can be told; train.py's --help explains each, but for what its --ablation alone changes."""
     lam: float = 1.
     prompts: str = "adversarial"  # what stands in front in the model's step, see Game.prompts: adversarial | random | none
     cda: bool = False
@@ -264,8 +264,8 @@ class Game:
         """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones."""
         o, found = self.o, []
         self.adversary.renew(o.shrink)
-        average = SWA([self.adversary.phi])  # what the released code averages, for comparison
         for restart in range(o.restarts):
+            average = SWA([self.adversary.phi])  # what the released code averages: used in --ablation alone
             for _ in range(o.phi_steps):
                 rows = mine(self.rng.permutation(len(self.people))[:o.batch_size])
                 self.adversary.step([self.questions[i] for i in rows], restart)

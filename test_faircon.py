@@ -603,7 +603,7 @@ OPTION = [("--bpc 1.5", "bpc|b_Pc"), ("--bpc -1.01", "b_Pc"), ("--bpc nan", "b_P
           ("--lam 1 inf", "lam"), ("--rank 0", "rank"), ("--rank -3", "rank"), ("--tau 0", "tau"), ("--tau -1", "tau"), ("--tau nan", "tau"),
           ("--rows 0", "rows"), ("--rows 7", "even"), ("--rows 100000", "fewer rows"), ("--test-rows 2", "test-rows"),
           ("--test-rows 90000", "fewer rows"), ("--batch-size 0", "batch-size"), ("--rounds 0", "rounds"), ("--lr 0", "lr"),
-          ("--lr nan", "lr"), ("--swa 2", "swa"), ("--dropout 1", "dropout"), ("--seeds 0", "seeds"), ("--seed -1", "seed"),
+          ("--lr nan", "lr"), ("--swa 2", "swa"), ("--warm-up 2", "warm-up"), ("--dropout 1", "dropout"), ("--seeds 0", "seeds"), ("--seed -1", "seed"),
           ("--prompt-length 0", "prompt-length"), ("--prompt-length 5000", "context"), ("--table 1 --shots 60", "context"),
           ("--table 4", "invalid choice"), ("--bcp 0.5", "did you mean --bpc"), ("--lamda 1", "did you mean --lam"), ("--rows x", "invalid int"),
           ("--device cuda:9", "device"), ("--device tpu", "device"), ("--dtype int8", "invalid choice"), ("--name ../x", "name"),

@@ -161,7 +161,7 @@ def load_model(name, dtype="auto", device="auto"):
         fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         large = config.hidden_size >= 512
         if not large:
-            torch.set_num_threads(1)  # a second core gains a tenth; so the numbers are the same on any number of cores
+            torch.set_num_threads(1)  # so the numbers are the same on any number of cores
         why = "as asked"
         if dtype == "auto":
             dtype = "bfloat16" if fast and large else "float32"
@@ -589,7 +589,7 @@ def cost(a):
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             phases, gb, rate = pool.submit(cost_of, b, None if key else value).result()
         if key:
-            speed = [3 * 2 * b.batch_size * n / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 2))]  # theta: two prompts
+            speed = [3 * 2 * b.batch_size * n / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 3))]  # theta: three prompts
             text = f"{speed[0]:>14.2f}{speed[1]:>16.2f}{100 * phases['theta']['gflop_per_second'] / rate:>14.0f} %"
         else:
             text = f"{200 / phases['evaluation']['seconds']:>14.2f} people a second, both twins"
