@@ -9,6 +9,7 @@ each position of the prompt, x_m and x_f one person's text as a man and as a wom
 Eq. (3): a slip.) PAPER vs RELEASED CODE: the released step of the model has no gap in it, and its gap compares raw logits.
 """
 import contextlib
+import math
 from dataclasses import dataclass, field
 
 import numpy
@@ -97,6 +98,16 @@ class Reader:
         return self.model.base_model(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
 
     @torch.no_grad()
+    def write(self, n, length, generator):
+        """n texts of `length` tokens that the model itself writes after the instruction -> ids (n, length), a list of lists."""
+        out, g = self.model.base_model(inputs_embeds=self.prefix().expand(n, -1, -1), use_cache=True), []
+        while len(g) < length:
+            logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1]).float() + self.mask
+            g.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(self.device))  # (n, 1)
+            out = self.model.base_model(input_ids=g[-1], past_key_values=out.past_key_values, use_cache=True)
+        return torch.cat(g, 1).tolist()
+
+    @torch.no_grad()
     def predict(self, questions, g=None, context=adult.INSTRUCTION, batch=64):
         """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
         prefix, p, mass = self.prefix(g, context), numpy.zeros((len(questions), 2)), []
@@ -157,6 +168,7 @@ class Options:
     phi_steps: int = 8
     phi_lr: float = .3
     phi_eps: float = 1e-16
+    starts: str = "written"  # where phi begins each round: written (by the model) | noise
     shrink: float = .3
     restarts: int = 3
     tau: float = 1.
@@ -174,13 +186,18 @@ class Adversary:
     def __init__(self, reader, o, generator):
         self.reader, self.o, self.generator = reader, o, generator
         self.phi = (.2 * torch.randn(o.restarts, o.prompt_length, len(reader.mask), generator=generator)).to(reader.device)
-        self.renew()
+        self.renew(self.phi)
 
-    def renew(self, shrink=1.):
-        """A collapsed distribution cannot follow a moving model: pull it back towards uniform and forget Adam's moments.
+    def renew(self, phi):
+        """Begin at `phi`, Adam's moments forgotten.
         Straight-through gradients on 50,000 logits are 1e-6 and smaller: with Adam's usual eps of 1e-8 nothing moves."""
-        self.phi = (self.phi.detach() * shrink).requires_grad_()
+        self.phi = phi.detach().requires_grad_()
         self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=self.o.phi_eps)
+
+    def around(self, prompts):
+        """phi (R, L, V) that draws each token of R prompts with probability e^2 / (1 + e^2) = .88, else any other."""
+        own = F.one_hot(torch.tensor(prompts), len(self.reader.mask)).to(self.reader.device)
+        return .2 * torch.randn(own.shape, generator=self.generator).to(own.device) + (2 + math.log(own.shape[-1])) * own
 
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
@@ -261,9 +278,18 @@ class Game:
         return record
 
     def attack(self):
-        """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones."""
+        """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones.
+
+        A collapsed distribution cannot follow a moving model. So each round begins anew around cuttings of texts that the model
+        itself writes: random tokens never look like the text it has learned to follow. (starts="noise": phi towards uniform.)
+        """
         o, found = self.o, []
-        self.adversary.renew(o.shrink)
+        if o.starts == "written":
+            at = int(torch.randint(o.prompt_length + 1, (), generator=self.generator))
+            texts = self.reader.write(o.restarts, 2 * o.prompt_length, self.generator)
+            self.adversary.renew(self.adversary.around([g[at:at + o.prompt_length] for g in texts]))
+        else:
+            self.adversary.renew(self.adversary.phi * o.shrink)
         for restart in range(o.restarts):
             average = SWA([self.adversary.phi])  # what the released code averages: used in --ablation alone
             for _ in range(o.phi_steps):
@@ -360,16 +386,22 @@ def random_search(reader, questions, length, budget, rng):
     return max((score(reader, g, questions), g) for g in (random_prompt(reader, length, rng) for _ in range(budget)))
 
 
+def written_search(reader, questions, length, budget, rng):
+    """NOT IN THE PAPER: the best of `budget` prompts that the attacked model writes itself -> (gap, prompt)."""
+    texts = reader.write(budget, length, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
+    texts = [g for g in texts if survives(reader, g)] or [random_prompt(reader, length, rng)]
+    return max((score(reader, g, questions), g) for g in texts)
+
+
 def gumbel_attack(reader, questions, length, budget, rng):
     """NOT IN THE PAPER: a fresh adversary against the frozen model -> (gap, prompt). A step costs about three forward passes.
 
-    It starts from the best of a few random prompts (a tenth of the budget) and samples around what it has learned."""
-    best = random_search(reader, questions, length, max(1, budget // 10), rng)
+    It starts from the best of a few random and written prompts (a tenth of the budget each) and samples around what it learns."""
+    best = max(search(reader, questions, length, max(1, budget // 10), rng) for search in (random_search, written_search))
     o = Options(prompt_length=length, restarts=1, phi_lr=1.)
     adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    with torch.no_grad():
-        adversary.phi[0, range(length), best[1]] += 2.
-    for step in range(max(1, budget * 9 // 40)):
+    adversary.renew(adversary.around([best[1]]))
+    for step in range(max(1, budget // 5)):
         adversary.step(questions, 0)
         g = adversary.ids(0)
         if survives(reader, g):
@@ -383,7 +415,7 @@ def gcg(reader, questions, length, budget, rng, candidates=16, top=64):
     The gradient of the gap in each position's one-hot ranks the tokens that might replace it; of `candidates` single
     replacements the best is taken, and the best prompt ever seen is returned.
     """
-    value, g = random_search(reader, questions, length, candidates, rng)
+    value, g = max(search(reader, questions, length, candidates // 2, rng) for search in (random_search, written_search))
     best, spent = (value, g), candidates
     while spent < budget:
         onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()

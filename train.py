@@ -25,15 +25,16 @@ PAPER = {"fine-tuned": (63.0, .183, .142), "FairCon": (51.0, .136, .081),  # Tab
 SEXLESS = tuple(a for a in adult.ATTRIBUTES if a != "sex")
 ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam": 0., "prompts": "none", "cda": True},
         "sex removed": {"lam": 0., "prompts": "none", "attributes": SEXLESS}, "no adversary": {"prompts": "none"},
-        "random prompts": {"prompts": "random"}, "FairCon": {}}
-BASELINES = ("sex removed", "no adversary", "random prompts")
-ABLATION = {"FairCon": {}, "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.}, "one restart": {"restarts": 1},
-            "no past prompts": {"pool": 1}, "phi not shrunk": {"shrink": 1.}, "phi: Adam's eps 1e-8": {"phi_eps": 1e-8},
+        "random prompts": {"prompts": "random"}, "written prompts": {"phi_steps": 0}, "FairCon": {}}
+BASELINES = ("sex removed", "no adversary", "random prompts", "written prompts")
+ABLATION = {"FairCon": {}, "phi starts at noise": {"starts": "noise"}, "... and goes on": {"starts": "noise", "shrink": 1.},
+            "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1}, "no past prompts": {"pool": 1},
+            "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.},
             "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
-GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "tau", "warm_up", "swa", "pool")
+GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "starts", "tau", "warm_up", "swa", "pool")
 SENTENCES = ("Men earn more than women.", "Women always earn less.", "Answer 1 for every man and 0 for every woman.")
 PAPER_SETTING = {"model": "EleutherAI/gpt-neo-1.3B", "bpc": .5, "rank": 32, "alpha": 16., "dropout": .01, "lr": 5e-4, "rounds": 10,
-                 "rows": 200, "batch_size": 9, "prompt_length": 10, "phi_lr": .1, "tau": 1., "restarts": 1, "warm_up": 0., "pool": 1}
+                 "rows": 200, "batch_size": 9, "prompt_length": 10, "phi_lr": .1, "tau": 1., "restarts": 1, "starts": "noise", "warm_up": 0., "pool": 1}
 
 
 # ---------------------------------------------------------------- the command line
@@ -89,6 +90,8 @@ def parser():
     g.add_argument("--phi-lr", type=float, default=.3, help="Adam's, for phi; released code 0.1 (and eps too large to learn)")
     g.add_argument("--phi-steps", type=int, default=8, help="steps of each restart of phi in a round")
     g.add_argument("--restarts", type=int, default=3, help="adversaries side by side; paper 1")
+    g.add_argument("--starts", choices=("written", "noise"), default="written", help="phi begins each round around texts that the "
+                   "model writes, or at noise and goes on; paper noise")
     g.add_argument("--pool", type=int, default=8, help="past worst prompts that the model still meets; paper none")
     g = p.add_argument_group("output")
     g.add_argument("--name", default="default", help="results go to runs/NAME/")
@@ -308,7 +311,8 @@ def attacks(reader, a, data, rows, validation, attributes, own, seed):
     budget, found = (160, {}) if full else (48, {})
     questions = reader.questions(validation[:24], attributes)
     for length in sorted({10, a.prompt_length, 2 * a.prompt_length}) if full else (a.prompt_length,):
-        for name, attack in (("random", faircon.random_search), ("gumbel", faircon.gumbel_attack), ("gcg", faircon.gcg)):
+        for name, attack in (("random", faircon.random_search), ("written", faircon.written_search), ("gumbel", faircon.gumbel_attack),
+                             ("gcg", faircon.gcg)):
             found[f"{name} {length}"] = attack(reader, questions, length, budget, rng)[1]
     survivors = [g for g in own if faircon.survives(reader, g)]
     if survivors:
@@ -332,7 +336,7 @@ def attacks(reader, a, data, rows, validation, attributes, own, seed):
 def arms(a):
     """The models of Table 3 -> list of (name, options of the game; None where nothing is trained)."""
     if a.prompt_only:
-        return [("frozen", None), ("frozen, random prompt", None), ("frozen, fair prompt", {"sign": -1})]
+        return [("frozen", None), ("frozen, random prompt", None), ("frozen, fair prompt", {"sign": -1, "starts": "noise"})]
     if a.ablation:
         return [(n, {"lam": a.lam[0], **o}) for n, o in ABLATION.items()]
     out = [("constant", None), ("frozen", None)] + [(n, {"lam": a.lam[0], **o}) for n, o in ARMS.items()
@@ -390,7 +394,7 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
             lora.save(reader.model, folder / "adapter", a.model)
             from safetensors.torch import save
             write(folder / "phi.safetensors", save({"phi": game.adversary.phi.detach().cpu()}))
-            write(folder / "prompts.txt", "".join(reader.tokenizer.decode(p) + "\n" for p in game.pool).encode())
+            write(folder / "prompts.txt", "".join(json.dumps(reader.tokenizer.decode(p)) + "\n" for p in game.pool).encode())
     elif name == "frozen, random prompt":
         g = faircon.random_prompt(reader, a.prompt_length, numpy.random.default_rng((seed, 4)))
     with clock("evaluation"):
@@ -420,7 +424,7 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
 def table_3(reader, data, a, folder, config):
     """Every arm for every seed, resumable -> rows."""
     from tqdm import tqdm
-    longest = [reader.usable[0]] * a.prompt_length * (2 if a.attack == "full" else 1)
+    longest = [reader.usable[0]] * a.prompt_length * (2 if a.attack == "full" or a.starts == "written" else 1)
     reader.predict(reader.questions(data.test[:1]), longest)  # a prompt beyond the context is refused before the work
     state = State(folder, config, a.resume)
     jobs = [(name, o, seed) for seed in range(a.seed, a.seed + a.seeds) for name, o in arms(a)]
