@@ -176,6 +176,7 @@ class Options:
     swa: float = .4
     swa_phi: bool = False
     pool: int = 8
+    cut: bool = True  # past prompts, to a random length
     sign: int = 1  # of the adversary: +1 maximises the gap, Eq. (3); -1 minimises it, Eq. (4)
     history: list = field(default_factory=list)
 
@@ -194,10 +195,10 @@ class Adversary:
         self.phi = phi.detach().requires_grad_()
         self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=self.o.phi_eps)
 
-    def around(self, prompts):
-        """phi (R, L, V) that draws each token of R prompts with probability e^2 / (1 + e^2) = .88, else any other."""
+    def around(self, prompts, odds=7.4):
+        """phi (R, L, V) that draws each token of R prompts with these odds (7.4 to 1 is a probability of .88), else any other."""
         own = F.one_hot(torch.tensor(prompts), len(self.reader.mask)).to(self.reader.device)
-        return .2 * torch.randn(own.shape, generator=self.generator).to(own.device) + (2 + math.log(own.shape[-1])) * own
+        return .2 * torch.randn(own.shape, generator=self.generator).to(own.device) + math.log(odds * own.shape[-1]) * own
 
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
@@ -311,7 +312,10 @@ class Game:
             return [None]
         if self.o.prompts == "random":
             return [None, random_tokens(), random_tokens()]
-        return [None, self.adversary.ids(int(self.rng.integers(self.o.restarts))), self.pool[self.rng.integers(len(self.pool))]]
+        past = self.pool[self.rng.integers(len(self.pool))]
+        if self.o.cut:
+            past = past[-int(self.rng.integers(1, len(past) + 1)):]  # prompts come in all lengths
+        return [None, self.adversary.ids(int(self.rng.integers(self.o.restarts))), past]
 
     def loss(self, rows, lam, prompts):
         """theta's objective in Eq. (3) on some people under some prompts (None: the clean one) -> loss, mean task, mean gap.
@@ -398,9 +402,9 @@ def gumbel_attack(reader, questions, length, budget, rng):
 
     It starts from the best of a few random and written prompts (a tenth of the budget each) and samples around what it learns."""
     best = max(search(reader, questions, length, max(1, budget // 10), rng) for search in (random_search, written_search))
-    o = Options(prompt_length=length, restarts=1, phi_lr=1.)
+    o = Options(prompt_length=length, restarts=1, phi_lr=3.)
     adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    adversary.renew(adversary.around([best[1]]))
+    adversary.renew(adversary.around([best[1]], odds=.1))
     for step in range(max(1, budget // 5)):
         adversary.step(questions, 0)
         g = adversary.ids(0)
@@ -409,14 +413,14 @@ def gumbel_attack(reader, questions, length, budget, rng):
     return best
 
 
-def gcg(reader, questions, length, budget, rng, candidates=16, top=64):
+def gcg(reader, questions, length, budget, rng, candidates=8, top=64):
     """NOT IN THE PAPER: greedy coordinate gradient (Zou et al. 2023) -> (gap, prompt).
 
     The gradient of the gap in each position's one-hot ranks the tokens that might replace it; of `candidates` single
-    replacements the best is taken, and the best prompt ever seen is returned.
+    replacements the best is taken, and the best prompt ever seen is returned. Half of the budget goes to the start.
     """
-    value, g = max(search(reader, questions, length, candidates // 2, rng) for search in (random_search, written_search))
-    best, spent = (value, g), candidates
+    value, g = max(search(reader, questions, length, max(1, budget // 4), rng) for search in (random_search, written_search))
+    best, spent = (value, g), budget // 2
     while spent < budget:
         onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()
         with frozen(lora.theta(reader.model)):

@@ -359,7 +359,7 @@ def test_attacks_beat_random_search_at_equal_budget(reader, data):
         game.round()
     lora.merge(reader.model)
     questions = reader.questions(people_of(data, 12, seed=5))
-    best = {f.__name__: numpy.mean([f(reader, questions, 10, 100, numpy.random.default_rng(k))[0] for k in range(2)])
+    best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(2)])
             for f in (faircon.random_search, faircon.gumbel_attack, faircon.gcg)}
     assert best["gcg"] > best["random_search"] and best["gumbel_attack"] > best["random_search"], best
 
@@ -380,7 +380,7 @@ def test_embedded_model_learns_in_context(reader, data):
 
 def test_embedded_tokenizer_loses_nothing(data):
     tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
-    for p in data.train[::17] + data.test[::17]:
+    for p in data.train+ data.test:
         assert tokenizer.decode(tokenizer.encode(adult.text(p) + adult.answer(p))) == adult.text(p) + adult.answer(p)
     assert all(len(tokenizer.encode(w)) == 1 for w in (" 0", " 1", " Male", " Female"))
     odd = "naïve café — 東京 🙂\t  two  spaces\n\x00, label: person ,sex"

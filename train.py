@@ -29,6 +29,7 @@ ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam"
 BASELINES = ("sex removed", "no adversary", "random prompts", "written prompts")
 ABLATION = {"FairCon": {}, "phi starts at noise": {"starts": "noise"}, "... and goes on": {"starts": "noise", "shrink": 1.},
             "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1}, "no past prompts": {"pool": 1},
+            "past prompts whole": {"cut": False},
             "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.},
             "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
 GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "starts", "tau", "warm_up", "swa", "pool")
