@@ -52,6 +52,7 @@ class Adult(NamedTuple):
     test: list
     source: str
     sha256: dict
+    directory: pathlib.Path
 
 
 # ---------------------------------------------------------------- rows
@@ -106,7 +107,7 @@ def load(directory=None):
         raise InputError(f"the files in {directory} do not have UCI's checksums; delete that directory and run again.")
     if directory.resolve() == TINY and "SYNTHETIC" not in source:
         source += " (SYNTHETIC twin of Adult)"
-    return Adult(train, test, source, digests)
+    return Adult(train, test, source, digests, directory)
 
 
 def _download(directory):
@@ -203,13 +204,11 @@ def few_shot(people, shots, bpc, rng, counterbalance=False):
 
 if __name__ == "__main__":
     try:
-        where = load(sys.argv[1] if len(sys.argv) > 1 else None).source
-        folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else TINY if "SYNTHETIC" in where else None
-        folder = folder or pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "faircon"
+        data = load(sys.argv[1] if len(sys.argv) > 1 else None)
     except InputError as problem:
         sys.exit(f"adult.py: {problem}")
-    print(f"data: {where}, adult.data and adult.test merged")
+    print(f"data: {data.source}, adult.data and adult.test merged")
     for how, released in (("labels read correctly", False), ("labels compared with '>50K' as the released code does", True)):
-        b, ratio = base_rates([p for name in SHA256 for p in read(folder / name, released)])
+        b, ratio = base_rates([p for name in SHA256 for p in read(data.directory / name, released)])
         print(f"  {how}: y=0 : y=1 = x{ratio:.2f}, natural b_Pc = {b:.4f}")
     print("paper: x5.23, b_Pc = 0.1312")

@@ -195,10 +195,11 @@ class Adversary:
         self.phi = phi.detach().requires_grad_()
         self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=self.o.phi_eps)
 
-    def around(self, prompts, odds=7.4):
-        """phi (R, L, V) that draws each token of R prompts with these odds (7.4 to 1 is a probability of .88), else any other."""
+    def around(self, prompts, odds=14.):
+        """phi (R, L, V) that draws each token of R prompts with these odds (14 to 1: .93), else any other usable one."""
         own = F.one_hot(torch.tensor(prompts), len(self.reader.mask)).to(self.reader.device)
-        return .2 * torch.randn(own.shape, generator=self.generator).to(own.device) + math.log(odds * own.shape[-1]) * own
+        noise = .2 * torch.randn(own.shape, generator=self.generator).to(own.device)
+        return noise + math.log(odds * len(self.reader.usable)) * own
 
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
@@ -404,7 +405,7 @@ def gumbel_attack(reader, questions, length, budget, rng):
     best = max(search(reader, questions, length, max(1, budget // 10), rng) for search in (random_search, written_search))
     o = Options(prompt_length=length, restarts=1, phi_lr=3.)
     adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    adversary.renew(adversary.around([best[1]], odds=.1))
+    adversary.renew(adversary.around([best[1]], odds=.2))
     for step in range(max(1, budget // 5)):
         adversary.step(questions, 0)
         g = adversary.ids(0)

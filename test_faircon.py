@@ -274,6 +274,16 @@ def test_few_shot_cache_equals_plain_forward(reader, data):
             assert (q[1] / q.sum()).item() == pytest.approx(row[k], abs=1e-5)
 
 
+def test_write_samples_what_the_plain_forward_says(reader):
+    ours = reader.write(2, 6, torch.Generator().manual_seed(3))
+    generator, texts = torch.Generator().manual_seed(3), torch.empty(2, 0, dtype=torch.long)
+    start = torch.tensor([reader.ids(adult.INSTRUCTION)] * 2)
+    for _ in range(6):
+        logits = reader.model(torch.cat([start, texts], 1)).logits[:, -1] + reader.mask
+        texts = torch.cat([texts, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+    assert ours == texts.tolist()
+
+
 def test_gap_is_the_mean_of_unsquared_norms():
     z = torch.randn(2, 4, 9)
     p = z.softmax(-1)
@@ -305,6 +315,20 @@ def test_adversary_raises_the_gap_and_touches_phi_alone(reader, data):
     assert seen[-20:].mean() > 1.2 * seen[:10].mean(), "phi maximises the gap"
     assert all(p.grad is None and torch.equal(p, w) and p.requires_grad for p, w in zip(game.theta, theta))
     assert not torch.equal(phi, game.adversary.phi)
+
+
+def test_adversary_begins_around_a_text(reader, data):
+    adversary, text = game_of(reader, data).adversary, reader.usable[:10]
+    adversary.renew(adversary.around([text, text]))
+    kept = numpy.mean([a == b for _ in range(200) for a, b in zip(adversary.ids(1), text)])
+    assert kept == pytest.approx(14 / 15, abs=.03)
+
+
+def test_past_prompts_come_in_all_lengths(reader, data):
+    game = game_of(reader, data)
+    game.pool = [reader.usable[:10]]
+    past = [game.prompts()[2] for _ in range(200)]
+    assert {len(g) for g in past} == set(range(1, 11)) and all(g == reader.usable[:10][-len(g):] for g in past)
 
 
 def test_other_sign_is_equation_4(reader, data):
@@ -458,6 +482,14 @@ def test_tables_1_and_2_and_equation_4(tmp_path):
                         ("b = 0, counterbalanced", "81.5")):
         assert paper in lines[name].split("   ")[-1], "the paper's figures must stand beside their own row"
     assert "frozen, fair prompt" in command(*common, *SMALL, "--prompt-only", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("shots", [None, 4])
+def test_cost_counts_what_it_times(shots):
+    a = train.parser().parse_args(["--data", DATA, "--batch-size", "2", "--prompt-length", "5"])
+    phases, gb, rate = train.cost_of(a, shots)
+    assert set(phases) == ({"evaluation"} if shots else {"phi", "theta"}) and gb > .1 and rate > 1
+    assert all(p["seconds"] > 0 and p["tokens_per_second"] > 0 and p["gflop_per_second"] < rate for p in phases.values())
 
 
 def child(folder, words):
