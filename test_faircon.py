@@ -487,8 +487,8 @@ def test_tables_1_and_2_and_equation_4(tmp_path):
 @pytest.mark.parametrize("shots", [None, 4])
 def test_cost_counts_what_it_times(shots):
     a = train.parser().parse_args(["--data", DATA, "--batch-size", "2", "--prompt-length", "5"])
-    phases, gb, rate = train.cost_of(a, shots)
-    assert set(phases) == ({"evaluation"} if shots else {"phi", "theta"}) and gb > .1 and rate > 1
+    phases, steps, gb, rate = train.cost_of(a, shots, seconds=.2)
+    assert set(phases) == ({"evaluation"} if shots else {"phi", "theta"}) and steps and gb > .1 and rate > 1
     assert all(p["seconds"] > 0 and p["tokens_per_second"] > 0 and p["gflop_per_second"] < rate for p in phases.values())
 
 

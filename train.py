@@ -556,48 +556,56 @@ def evaluate_run(a):
     print("every saved metric came out again, exactly")
 
 
-def cost_of(a, shots):
-    """One line of --cost: one step of phi and of theta, or (with `shots`) 200 people behind a few-shot prompt -> Clock's phases, GB."""
+def cost_of(a, shots, seconds=5.):
+    """One line of --cost, steps until `seconds` have passed: of phi and of theta, or (with `shots`) of 48 people behind a few-shot
+    prompt -> Clock's phases, number of steps, peak GB, GFLOP/s of a matrix product."""
     import faircon
     import lora
     import numpy
     reader, _ = load_model(a.model, a.dtype, a.device)
     data, rng = adult.load(a.data), numpy.random.default_rng(a.seed)
-    clock, people = Clock(reader), adult.sample(data.train, max(200, 4 * a.batch_size), 0., rng)
+    clock, people = Clock(reader), adult.sample(data.train, 200, 0., rng)
+    questions, prompt = reader.questions(people[:48]), adult.few_shot(data.train, shots or 0, 0., rng)
+    lora.inject(reader.model, a.rank, a.alpha)
+    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, restarts=1), a.seed)
+
+    def step(k, clock):
+        if shots:
+            with clock("evaluation"):
+                return reader.predict(questions, context=prompt)
+        rows = [(k * a.batch_size + i) % len(people) for i in range(a.batch_size)]
+        with clock("phi"):
+            game.adversary.step([game.questions[i] for i in rows], 0)
+        game.pool = [game.adversary.ids(0)]
+        with clock("theta"):
+            game.model_step(rows, a.lam[0])
     if shots:
-        questions, prompt = reader.questions(people[:200]), adult.few_shot(data.train, shots, 0., rng)
-        with clock("evaluation"):
-            reader.predict(questions, context=prompt)
-    else:
-        lora.inject(reader.model, a.rank, a.alpha)
-        o = faircon.Options(batch_size=a.batch_size, prompt_length=a.prompt_length, restarts=1)
-        game = faircon.Game(reader, people, [], o, a.seed)
-        for k in range(4):  # the first warms up
-            rows = range(k * a.batch_size, (k + 1) * a.batch_size)
-            with clock("phi") if k else contextlib.nullcontext():
-                game.adversary.step([game.questions[i] for i in rows], 0)
-            game.pool = [game.adversary.ids(0)]
-            with clock("theta") if k else contextlib.nullcontext():
-                game.model_step(rows, a.lam[0])
-    return clock.report(), peak_gb(), matrix_rate(reader.device, reader.model.dtype)
+        lora.merge(reader.model)
+    step(0, lambda phase: contextlib.nullcontext())  # warms up
+    steps, end = 0, time.perf_counter() + seconds
+    while not steps or time.perf_counter() < end:
+        steps += 1
+        step(steps, clock)
+    return clock.report(), steps, peak_gb(), matrix_rate(reader.device, reader.model.dtype)
 
 
 def cost(a):
     """--cost: how seconds and memory grow. Each line is a process of its own, because a peak of memory never goes down."""
     import concurrent.futures
     import multiprocessing
-    lines = [("batch size", "batch_size", v) for v in (1, 2, 4, 8, 16)] + [("prompt length", "prompt_length", v) for v in (5, 20, 80)]
-    print(f"{a.model}: a text is one person as one sex, with gradients; --batch-size {a.batch_size}, --prompt-length {a.prompt_length}")
+    lines = [("batch size", "batch_size", v) for v in (1, 2, 4, 8, 16)] + [("prompt length", "prompt_length", v) for v in (10, 20, 40, 80)]
+    print(f"{a.model}: a text is one person as one sex, with gradients; where not varied --batch-size {a.batch_size}, "
+          f"--prompt-length {a.prompt_length}")
     print(f"{'':<19}{'phi: texts/s':>14}{'theta: texts/s':>16}{'of matrix rate':>16}{'peak GB':>9}")
     for name, key, value in lines + [("shots", None, v) for v in (4, 8, 16)]:
         b = argparse.Namespace(**{**vars(a), **({key: value} if key else {})})
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            phases, gb, rate = pool.submit(cost_of, b, None if key else value).result()
+            phases, steps, gb, rate = pool.submit(cost_of, b, None if key else value).result()
         if key:
-            speed = [3 * 2 * b.batch_size * n / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 3))]  # theta: three prompts
+            speed = [n * 2 * b.batch_size * steps / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 3))]  # theta: three prompts
             text = f"{speed[0]:>14.2f}{speed[1]:>16.2f}{100 * phases['theta']['gflop_per_second'] / rate:>14.0f} %"
         else:
-            text = f"{200 / phases['evaluation']['seconds']:>14.2f} people a second, both twins"
+            text = f"{48 * steps / phases['evaluation']['seconds']:>14.2f} people a second, both twins"
         print(f"{name + ' ' + str(value):<19}{text}{gb:>9.2f}", flush=True)
 
 
