@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -476,12 +477,14 @@ def test_the_real_command(tmp_path):
 
 def test_tables_1_and_2_and_equation_4(tmp_path):
     common = ["--data", DATA, "--test-rows", "20"]
-    lines = {k: line for t in "12" for line in command(*common, "--table", t, "--shots", "4", cwd=tmp_path).stdout.splitlines()
-             for k in [re.split(r"  +", line)[0]]}
+    with ThreadPoolExecutor(2) as pool:
+        prompt_only = pool.submit(command, *common, *SMALL, "--prompt-only", cwd=tmp_path)
+        tables = pool.map(lambda t: command(*common, "--table", t, "--shots", "4", "--name", t, cwd=tmp_path).stdout, "12")
+    lines = {re.split(r"  +", line)[0]: line for out in tables for line in out.splitlines()}
     for name, paper in (("b = 0", "75.5"), ("b = 0.5", "70.5"), ("b = 1", "68.5"), ("natural, natural test", "85"),
                         ("b = 0, counterbalanced", "81.5")):
         assert paper in lines[name].split("   ")[-1], "the paper's figures must stand beside their own row"
-    assert "frozen, fair prompt" in command(*common, *SMALL, "--prompt-only", cwd=tmp_path).stdout
+    assert "frozen, fair prompt" in prompt_only.result().stdout
 
 
 @pytest.mark.parametrize("shots", [None, 4])
@@ -542,11 +545,11 @@ def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     words = ["--data", DATA, "--rows", "20", "--test-rows", "40", "--rounds", "1", "--phi-steps", "2", "--attack", "none"]
-    ends = []
-    for name, launcher in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        command(*words, "--name", name, cwd=tmp_path, launcher=launcher)
-        from safetensors.torch import load_file
-        ends.append(load_file(tmp_path / "runs" / name / "adapter/adapter_model.safetensors"))
+    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: command(*words, "--name", name, cwd=tmp_path, launcher=launchers[name]), launchers))
+    from safetensors.torch import load_file
+    ends = [load_file(tmp_path / "runs" / name / "adapter/adapter_model.safetensors") for name in launchers]
     assert max((ends[0][k] - ends[1][k]).abs().max().item() for k in ends[0]) < 1e-5
 
 
