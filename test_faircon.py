@@ -523,7 +523,7 @@ def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
     progress = (0, 0)
     while kills < 20:
         p = start(folder, *(["--resume"] if state.exists() else []))
-        p.join(float(rng.uniform(.15, .6)) * min(wall, 3))
+        p.join(float(rng.uniform(.2, .8)) * min(wall, 1.5))
         if p.exitcode is not None:
             assert p.exitcode == 0
             shutil.rmtree(folder)  # it finished before the blow: begin another
