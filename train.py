@@ -486,6 +486,7 @@ def summary(rows):
 
 def show(rows, a):
     """Print the table, ours beside the paper's."""
+    import numpy
     s = summary(rows)
     columns = [("ACC", "acc"), ("ACC b=" + f"{a.bpc:g}", "acc_bpc"), ("M_dpd", "dpd"), ("M_deo", "deo"), ("gap", "gap"),
                ("flip", "flip_rate"), ("worst gap", "worst_gap"), ("shots gap", "shots_gap")]
@@ -510,6 +511,13 @@ def show(rows, a):
         if some[0]["lam"]:
             failed = [sum(not (.02 < r[p + "positives"] < .98 and r[p + "gap"] <= .05) for r in some) for p in ("raw_", "")]
             print(f"{'':<25}collapsed or gap above .05: {failed[0]} of {len(some)} without SWA, {failed[1]} with")
+    attacked = [name for name in s if any("worst" in r for r in rows if label(r) == name)]
+    if attacked:
+        print("\n" + f"{'gap under each attack':<25}" + "".join(f"{name:>18}" for name in attacked))
+        kinds = dict.fromkeys(k for r in rows for k in r.get("worst", ()) if k != "own")
+        for kind in kinds:
+            gaps = [[r["worst"][kind]["gap"] for r in rows if label(r) == name] for name in attacked]
+            print(f"{kind[:24]:<25}" + "".join(f"{cell(numpy.mean(g), numpy.std(g, ddof=min(1, len(g) - 1))):>18}" for g in gaps))
     for r in rows:
         if r.get("warning"):
             print(f"WARNING {r['name']}, seed {r['seed']}: {r['warning']}")
