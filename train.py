@@ -530,7 +530,7 @@ def plot(rows, a):
     if a.table == 3 and len(a.lam) < 2:
         for r in (r for r in rows if r["name"] in ("fine-tuned", "FairCon")):
             colour = "C3" if r["name"] == "FairCon" else "C0"
-            left.plot([h["gap"] for h in r["history"]], color=colour, label=f"{r['name']}, seed {r['seed']}", alpha=.6)
+            left.plot([h["gap"] for h in r["history"]], color=colour, label=r["name"] if r["seed"] == a.seed else None, alpha=.6)
         left.set(xlabel="round of the game", ylabel="|| f(x_m) - f(x_f) ||, training rows", yscale="log")
         left.legend()
     else:
