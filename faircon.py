@@ -101,6 +101,8 @@ class Reader:
     def write(self, n, length, generator):
         """n texts of `length` tokens that the model itself writes after the instruction -> ids (n, length), a list of lists."""
         out, g = self.model.base_model(inputs_embeds=self.prefix().expand(n, -1, -1), use_cache=True), []
+        self.tokens += n * (out.last_hidden_state.shape[1] + length)
+        self.flop += 2 * n * ((out.last_hidden_state.shape[1] + length) * self.weights + length * self.embed.numel())
         while len(g) < length:
             logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1]).float() + self.mask
             g.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(self.device))  # (n, 1)
@@ -285,7 +287,8 @@ class Game:
         A collapsed distribution cannot follow a moving model. So each round begins anew around cuttings of texts that the model
         itself writes: random tokens never look like the text it has learned to follow. (starts="noise": phi towards uniform.)
         """
-        o, found = self.o, []
+        o, found, dropout = self.o, [], self.reader.model.training
+        self.reader.model.eval()  # two masks of dropout would fake a gap
         if o.starts == "written":
             at = int(torch.randint(o.prompt_length + 1, (), generator=self.generator))
             texts = self.reader.write(o.restarts, 2 * o.prompt_length, self.generator)
@@ -293,20 +296,24 @@ class Game:
         else:
             self.adversary.renew(self.adversary.phi * o.shrink)
         for restart in range(o.restarts):
+            self.adversary.renew(self.adversary.phi)  # or Adam's momentum would go on moving the restarts before
             average = SWA([self.adversary.phi])  # what the released code averages: used in --ablation alone
             for _ in range(o.phi_steps):
                 rows = mine(self.rng.permutation(len(self.people))[:o.batch_size])
                 self.adversary.step([self.questions[i] for i in rows], restart)
                 if o.swa_phi:
                     average.update()
-            with average.averaged():
-                found += [self.adversary.ids(restart) for _ in range(2)]
+            if o.swa_phi:
+                average.apply()
+            found += [self.adversary.ids(restart) for _ in range(2)]
         best = max((o.sign * score(self.reader, g, self.validation), g) for g in found)
         self.pool = (self.pool + [best[1]])[-o.pool:]
+        self.reader.model.train(dropout)
         return o.sign * best[0]
 
     def prompts(self):
-        """The prompts of one step of the model: none ("no prompt" is one draw of g), the adversary's as it is, a past worst one."""
+        """The prompts of one step of the model: none ("no prompt" is one draw of g), the adversary's as it is, a past worst one,
+        cut to a random length."""
         def random_tokens():
             return [self.reader.usable[i] for i in self.rng.integers(len(self.reader.usable), size=self.o.prompt_length)]
         if self.o.prompts == "none":
@@ -348,7 +355,8 @@ class Game:
         """Everything a resumed game needs to go on bit for bit."""
         return {"theta": [p.detach() for p in self.theta], "optimiser": self.optimiser.state_dict(), "pool": self.pool,
                 "phi": self.adversary.phi.detach(), "swa": (self.swa.average, self.swa.n), "done": self.done,
-                "rng": self.rng.bit_generator.state, "generator": self.generator.get_state(), "history": self.o.history}
+                "rng": self.rng.bit_generator.state, "generator": self.generator.get_state(), "dropout": torch.get_rng_state(),
+                "history": self.o.history}
 
     def restore(self, state):
         """Undo `state`."""
@@ -359,6 +367,7 @@ class Game:
         self.swa.average, self.swa.n = state["swa"]
         self.rng.bit_generator.state = state["rng"]
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["dropout"])
         self.o.history[:] = state["history"]
 
 

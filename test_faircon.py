@@ -385,8 +385,8 @@ def test_attacks_beat_random_search_at_equal_budget(reader, data):
     lora.merge(reader.model)
     questions = reader.questions(people_of(data, 12, seed=5))
     best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(2)])
-            for f in (faircon.random_search, faircon.gumbel_attack, faircon.gcg)}
-    assert best["gcg"] > best["random_search"] and best["gumbel_attack"] > best["random_search"], best
+            for f in (faircon.random_search, faircon.written_search, faircon.gumbel_attack, faircon.gcg)}
+    assert min(best["gcg"], best["gumbel_attack"]) > max(best["random_search"], best["written_search"]), best
 
 
 # ---------------------------------------------------------------- tiny/
@@ -405,7 +405,7 @@ def test_embedded_model_learns_in_context(reader, data):
 
 def test_embedded_tokenizer_loses_nothing(data):
     tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
-    for p in data.train+ data.test:
+    for p in data.train + data.test:
         assert tokenizer.decode(tokenizer.encode(adult.text(p) + adult.answer(p))) == adult.text(p) + adult.answer(p)
     assert all(len(tokenizer.encode(w)) == 1 for w in (" 0", " 1", " Male", " Female"))
     odd = "naïve café — 東京 🙂\t  two  spaces\n\x00, label: person ,sex"
@@ -622,7 +622,14 @@ def other_state(t):
 
 def wrong_adapter(t):
     (t / "r/adapter").mkdir(parents=True)
-    (t / "r/results.json").write_text(json.dumps({"config": {"model": str(adult.TINY), "dtype": "float32", "device": "cpu"}, "rows": []}))
+    (t / "r/results.json").write_text(json.dumps({"config": {"model": str(adult.TINY), "dtype": "float32", "device": "cpu"},
+                                                       "rows": [{"name": "FairCon"}]}))
+    return ["--eval", "r"]
+
+
+def no_faircon(t):
+    wrong_adapter(t)
+    (t / "r/results.json").write_text((t / "r/results.json").read_text().replace("FairCon", "fine-tuned"))
     return ["--eval", "r"]
 
 
@@ -650,7 +657,7 @@ FOLDERS = [(broken_data, k, w) for k, w in (("empty", "no rows"), ("truncated", 
 FOLDERS += [(broken_model, k, w) for k, w in (("no weights", "loaded"), ("truncated weights", "loaded"), ("no tokenizer", "loaded|tokens"),
             ("broken config", "loaded"), ("no config", "config.json"), ("not a causal LM", "loaded"), ("no q_proj", "q_proj"),
             ("other weights", "lacks weights"), ("answers of several tokens", "single tokens"))]
-MADE = [(file_where_a_folder_belongs, "written"), (damaged_state, "damaged"), (other_state, "another --"), (wrong_adapter, "no adapter"),
+MADE = [(file_where_a_folder_belongs, "written"), (damaged_state, "damaged"), (other_state, "another --"), (wrong_adapter, "no adapter"), (no_faircon, "no FairCon model"),
         (bad_checksum, "checksums")]
 
 

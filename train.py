@@ -1,6 +1,6 @@
 """Sections 4 and 5: train, measure, print the tables. `python train.py --bpc 0.5 --lam 1.0` is Table 3; `--help` explains the rest.
 
-Where we depart from the paper: train rows come from adult.data and test rows from adult.test, prompts and epochs are chosen on
+Where we depart from the paper: train rows come from adult.data and test rows from adult.test, prompts are chosen on
 validation rows of adult.data, and every model is also attacked with prompts it never saw.
 """
 import argparse
@@ -25,13 +25,12 @@ PAPER = {"fine-tuned": (63.0, .183, .142), "FairCon": (51.0, .136, .081),  # Tab
 SEXLESS = tuple(a for a in adult.ATTRIBUTES if a != "sex")
 ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam": 0., "prompts": "none", "cda": True},
         "sex removed": {"lam": 0., "prompts": "none", "attributes": SEXLESS}, "no adversary": {"prompts": "none"},
-        "random prompts": {"prompts": "random"}, "written prompts": {"phi_steps": 0}, "FairCon": {}}
+        "random prompts": {"prompts": "random"}, "written prompts": {"phi_steps": 0, "starts": "written"}, "FairCon": {}}
 BASELINES = ("sex removed", "no adversary", "random prompts", "written prompts")
 ABLATION = {"FairCon": {}, "phi starts at noise": {"starts": "noise"}, "... and goes on": {"starts": "noise", "shrink": 1.},
-            "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1}, "no past prompts": {"pool": 1},
-            "past prompts whole": {"cut": False},
-            "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.},
-            "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
+            "phi: lr 1": {"phi_lr": 1.}, "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1},
+            "no past prompts": {"pool": 1}, "past prompts whole": {"cut": False}, "prompts of 10 tokens": {"prompt_length": 10},
+            "no warm-up": {"warm_up": 0.}, "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
 GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "starts", "tau", "warm_up", "swa", "pool")
 SENTENCES = ("Men earn more than women.", "Women always earn less.", "Answer 1 for every man and 0 for every woman.")
 PAPER_SETTING = {"model": "EleutherAI/gpt-neo-1.3B", "bpc": .5, "rank": 32, "alpha": 16., "dropout": .01, "lr": 5e-4, "rounds": 10,
@@ -60,7 +59,7 @@ def parser():
     g.add_argument("--ablation", action="store_true", help="FairCon with one part of the recipe changed at a time")
     g.add_argument("--attack", choices=("none", "quick", "full"), default="quick", help="how hard to attack each model")
     g.add_argument("--eval", metavar="RUN", help="load the adapter of a run and check that its metrics come out again")
-    g.add_argument("--cost", action="store_true", help="seconds and GB of one step against batch, prompt length and shots")
+    g.add_argument("--cost", action="store_true", help="texts a second and GB against batch size, prompt length and shots")
     g.add_argument("--resume", action="store_true", help="go on with the interrupted run of the same name and options")
     g.add_argument("--paper", action="store_true", help="every option as in the paper (released code where it is silent)")
     g = p.add_argument_group("data (§2)")
@@ -92,8 +91,8 @@ def parser():
     g.add_argument("--phi-steps", type=int, default=8, help="steps of each restart of phi in a round")
     g.add_argument("--restarts", type=int, default=3, help="adversaries side by side; paper 1")
     g.add_argument("--starts", choices=("written", "noise"), default="written", help="phi begins each round around texts that the "
-                   "model writes, or at noise and goes on; paper noise")
-    g.add_argument("--pool", type=int, default=8, help="past worst prompts that the model still meets; paper none")
+                   "model writes, or (also in --prompt-only) at noise, and goes on shrunk towards it; paper noise, not shrunk")
+    g.add_argument("--pool", type=int, default=8, help="past worst prompts that the model still meets, cut to random lengths; paper none")
     g = p.add_argument_group("output")
     g.add_argument("--name", default="default", help="results go to runs/NAME/")
     g.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
@@ -189,9 +188,11 @@ def load_run(directory, options=None):
     directory = pathlib.Path(directory)
     try:
         results = json.loads((directory / "results.json").read_text())
-        config = results["config"]
+        config, names = results["config"], {r["name"] for r in results["rows"]}
     except (OSError, ValueError, KeyError):
         raise InputError(f"{directory} holds no results.json of this program; give a folder such as runs/default.") from None
+    if "FairCon" not in names:
+        raise InputError(f"the last run in {directory} trained no FairCon model; give another folder, or run Table 3 with lam above 0.")
     reader, _ = load_model(config["model"], config["dtype"] if options is None else options.dtype, config["device"])
     lora.load(reader.model, directory / "adapter")
     lora.merge(reader.model)
@@ -305,7 +306,8 @@ def enough(people, bpc, most=1000):
 
 
 def attacks(reader, a, data, rows, validation, attributes, own, seed):
-    """Prompts nobody trained on, chosen on `validation`, reported on `rows`: an empirical worst case -> dict by attack."""
+    """Prompts nobody trained on (and the game's `own`), chosen on `validation`, reported on `rows`: an empirical worst case
+    -> dict by attack."""
     import numpy
     import faircon
     rng, full = numpy.random.default_rng((seed, 5)), a.attack == "full"
@@ -368,7 +370,7 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
         never = numpy.zeros((len(y), 2))
         return {**row, **metrics.evaluate(never, y, s), "ci": metrics.bootstrap(never, y, s), "prompt": None,
                 "acc_bpc": 1 - sum(x.y for x in test_bpc) / len(test_bpc), "seconds": 0., "tokens_per_second": 0, "peak_gb": 0.}
-    o = faircon.Options(**{**{k: getattr(a, k) for k in GAME}, **(options or {})})
+    o = faircon.Options(**{**{k: getattr(a, k) for k in GAME}, **({"shrink": 1., "cut": False} if a.paper else {}), **(options or {})})
     lora.inject(reader.model, a.rank, a.alpha, a.dropout, seed)
     own, raw, g = [], None, None
     if options is not None:
@@ -412,7 +414,6 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
         worst = max((v for v in row["worst"].values() if v["tokens"]), key=lambda v: v["gap"])
         row.update(worst_gap=worst["gap"], shots_gap=row["worst"][f"{a.shots} shots b=1"]["gap"])
         row["prompt"] = row["prompt"] or worst["prompt"]
-        row["under_prompt"] = worst
     if row["mass"] < .5:
         row["warning"] = f"the two answers have only {row['mass']:.2f} of the probability: the model does not follow the task"
     elif options is not None and not .02 < row["positives"] < .98:
@@ -425,7 +426,8 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
 def table_3(reader, data, a, folder, config):
     """Every arm for every seed, resumable -> rows."""
     from tqdm import tqdm
-    longest = [reader.usable[0]] * a.prompt_length * (2 if a.attack == "full" or a.starts == "written" else 1)
+    twice = not a.prompt_only and (a.attack == "full" or a.starts == "written" or a.baselines)
+    longest = [reader.usable[0]] * a.prompt_length * (2 if twice else 1)
     reader.predict(reader.questions(data.test[:1]), longest)  # a prompt beyond the context is refused before the work
     state = State(folder, config, a.resume)
     jobs = [(name, o, seed) for seed in range(a.seed, a.seed + a.seeds) for name, o in arms(a)]
@@ -513,11 +515,12 @@ def show(rows, a):
             print(f"{'':<25}collapsed or gap above .05: {failed[0]} of {len(some)} without SWA, {failed[1]} with")
     attacked = [name for name in s if any("worst" in r for r in rows if label(r) == name)]
     if attacked:
-        print("\n" + f"{'gap under each attack':<25}" + "".join(f"{name:>18}" for name in attacked))
-        kinds = dict.fromkeys(k for r in rows for k in r.get("worst", ()) if k != "own")
-        for kind in kinds:
-            gaps = [[r["worst"][kind]["gap"] for r in rows if label(r) == name] for name in attacked]
-            print(f"{kind[:24]:<25}" + "".join(f"{cell(numpy.mean(g), numpy.std(g, ddof=min(1, len(g) - 1))):>18}" for g in gaps))
+        wide = max(map(len, attacked)) + 2
+        print("\n" + f"{'gap under each attack':<27}" + "".join(f"{name:>{wide}}" for name in attacked))
+        for kind in dict.fromkeys(k for r in rows for k in r.get("worst", ())):
+            gaps = [[r["worst"][kind]["gap"] for r in rows if label(r) == name and kind in r["worst"]] for name in attacked]
+            print(f"{kind[:26]:<27}" + "".join(f"{cell(numpy.mean(g), numpy.std(g, ddof=min(1, len(g) - 1))) if g else '-':>{wide}}"
+                                               for g in gaps))
     for r in rows:
         if r.get("warning"):
             print(f"WARNING {r['name']}, seed {r['seed']}: {r['warning']}")
@@ -575,7 +578,7 @@ def cost_of(a, shots, seconds=5.):
     clock, people = Clock(reader), adult.sample(data.train, 200, 0., rng)
     questions, prompt = reader.questions(people[:48]), adult.few_shot(data.train, shots or 0, 0., rng)
     lora.inject(reader.model, a.rank, a.alpha)
-    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, restarts=1), a.seed)
+    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, restarts=1, cut=False), a.seed)
 
     def step(k, clock):
         if shots:
