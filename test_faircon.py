@@ -325,6 +325,18 @@ def test_adversary_begins_around_a_text(reader, data):
     assert kept == pytest.approx(14 / 15, abs=.03)
 
 
+def test_a_finished_restart_stands_still(reader, data):
+    game = game_of(reader, data, phi_steps=3)
+    after, step = [], game.adversary.step
+
+    def watched(questions, restart):
+        step(questions, restart)
+        after.append((restart, game.adversary.phi[0].detach().clone()))
+    game.adversary.step = watched
+    game.attack()
+    assert torch.equal([phi for restart, phi in after if restart == 0][-1], game.adversary.phi[0])
+
+
 def test_past_prompts_come_in_all_lengths(reader, data):
     game = game_of(reader, data)
     game.pool = [reader.usable[:10]]
