@@ -604,11 +604,12 @@ def cost(a):
     """--cost: how seconds and memory grow. Each line is a process of its own, because a peak of memory never goes down."""
     import concurrent.futures
     import multiprocessing
-    lines = [("batch size", "batch_size", v) for v in (1, 2, 4, 8, 16)] + [("prompt length", "prompt_length", v) for v in (10, 20, 40, 80)]
+    lines = [("batch size", "batch_size", v) for v in sorted({1, max(1, a.batch_size // 2), a.batch_size})]
+    lines += [("prompt length", "prompt_length", v) for v in (2 * a.prompt_length, 4 * a.prompt_length)]
     print(f"{a.model}: a text is one person as one sex, with gradients; where not varied --batch-size {a.batch_size}, "
           f"--prompt-length {a.prompt_length}")
     print(f"{'':<19}{'phi: texts/s':>14}{'theta: texts/s':>16}{'of matrix rate':>16}{'peak GB':>9}")
-    for name, key, value in lines + [("shots", None, v) for v in (4, 8, 16)]:
+    for name, key, value in lines + [("shots", None, v) for v in (4, 16)]:
         b = argparse.Namespace(**{**vars(a), **({key: value} if key else {})})
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             phases, steps, gb, rate = pool.submit(cost_of, b, None if key else value).result()
