@@ -182,7 +182,7 @@ def load_model(name, dtype="auto", device="auto"):
     return reader, f"{dtype} ({why}) on {device} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
 
 
-def load_run(directory, options=None):
+def load_run(directory):
     """The FairCon model of a finished run, adapter merged -> (Reader, results). Raises InputError."""
     import lora
     directory = pathlib.Path(directory)
@@ -193,7 +193,7 @@ def load_run(directory, options=None):
         raise InputError(f"{directory} holds no results.json of this program; give a folder such as runs/default.") from None
     if "FairCon" not in names:
         raise InputError(f"the last run in {directory} trained no FairCon model; give another folder, or run Table 3 with lam above 0.")
-    reader, _ = load_model(config["model"], config["dtype"] if options is None else options.dtype, config["device"])
+    reader, _ = load_model(config["model"], config["dtype"], config["device"])
     lora.load(reader.model, directory / "adapter")
     lora.merge(reader.model)
     return reader, results
