@@ -9,6 +9,7 @@ each position of the prompt, x_m and x_f one person's text as a man and as a wom
 Eq. (3): a slip.) PAPER vs RELEASED CODE: the released step of the model has no gap in it, and its gap compares raw logits.
 """
 import contextlib
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -68,57 +69,74 @@ class Reader:
             rows = [g, self.embed[self.ids("\n")]] + rows
         return torch.cat(rows)
 
-    def __call__(self, prefix, questions, past=None):
-        """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man.
+    def __call__(self, prefix, questions):
+        """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man. Raises InputError beyond the context.
 
-        Exactly what the plain forward pass of every whole text gives (tested), but the prefix is computed once for everybody, and
-        what two twins share once for both, up to where the shortest shared part of the batch ends: so nothing but the end of
-        the rest is padded, where causal attention does not look. Keys and values are expanded, not detached: the gradient is
-        exact too. `past`, the prefix already read, spares doing it again.
+        Exactly what the plain forward pass of every whole text gives (tested), value and gradient, but what everybody shares is found
+        by `share` and computed by `read` once for everybody, and what two twins share by `answer` once for both.
+        """
+        prefix, questions = self.share(prefix, questions)
+        return self.answer(self.read(prefix), questions)
+
+    def share(self, prefix, questions):
+        """Move what all questions begin with to the end of the prefix -> prefix (P, D), questions."""
+        longest = len(prefix) + max(len(head) + len(rest) for head, rests in questions for rest in rests)
+        if longest > self.context:
+            raise InputError(f"prompt and question are {longest} tokens and the model's context is {self.context}; "
+                             "use a shorter prompt or fewer shots.")
+        columns = zip(*(head[:-1] for head, _ in questions))  # a head keeps a token
+        same = [c[0] for c in itertools.takewhile(lambda c: len(set(c)) == 1, columns)]
+        prefix = torch.cat([prefix, self.embed[torch.tensor(same, dtype=torch.long, device=self.device)]])
+        return prefix, [(head[len(same):], rests) for head, rests in questions]
+
+    def read(self, prefix):
+        """Keys and values of a prefix (P, D)."""
+        self.count(len(prefix))
+        return self.model.base_model(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
+
+    def answer(self, past, questions):
+        """`__call__` behind a prefix that has been read.
+
+        Twins part where the shortest shared part of the batch ends: so nothing but the end of the rest is padded, where causal
+        attention does not look. Keys and values are expanded, not detached: the gradient is exact too.
         """
         B, k = len(questions), min(len(q[0]) for q in questions)
         head = torch.tensor([q[0][:k] for q in questions], device=self.device)  # (B, k)
         tail, t = pad([q[0][k:] + q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, T), (2B,)
-        longest = len(prefix) + k + tail.shape[1]
-        if longest > self.context:
-            raise InputError(f"prompt and question are {longest} tokens and the model's context is {self.context}; "
-                             "use a shorter prompt or fewer shots.")
-        seen = (len(prefix) if past is None else 0) + head.numel() + int(t.sum())
-        self.tokens += seen
-        self.flop += 2 * (seen * self.weights + 2 * B * self.embed.numel()) * (2 if torch.is_grad_enabled() else 1)
-        past = copy(self.read(prefix) if past is None else past, lambda x: x.expand(B, -1, -1, -1))
+        self.count(head.numel() + int(t.sum()), 2 * B)
+        past = copy(past, lambda x: x.expand(B, -1, -1, -1))
         past = self.model.base_model(input_ids=head, past_key_values=past, use_cache=True).past_key_values
         past = copy(past, lambda x: x.repeat(2, 1, 1, 1))
         last = self.model.base_model(input_ids=tail, past_key_values=past, use_cache=True).last_hidden_state
         last = last[torch.arange(2 * B, device=self.device), t - 1]  # (2B, D): nobody reads the other positions
         return self.model.get_output_embeddings()(last).float().view(2, B, -1)
 
-    def read(self, prefix):
-        """Keys and values of a prefix (P, D)."""
-        return self.model.base_model(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
+    def count(self, tokens, logits=0):
+        """Tokens read and FLOP of a forward pass with `logits` positions of the vocabulary; backward, weights frozen, costs the same."""
+        self.tokens += tokens
+        self.flop += 2 * (tokens * self.weights + logits * self.embed.numel()) * (2 if torch.is_grad_enabled() else 1)
 
     @torch.no_grad()
     def write(self, n, length, generator):
         """n texts of `length` tokens that the model itself writes after the instruction -> ids (n, length), a list of lists."""
         out, g = self.model.base_model(inputs_embeds=self.prefix().expand(n, -1, -1), use_cache=True), []
-        self.tokens += n * (out.last_hidden_state.shape[1] + length)
-        self.flop += 2 * n * ((out.last_hidden_state.shape[1] + length) * self.weights + length * self.embed.numel())
-        while len(g) < length:
+        self.count(n * (out.last_hidden_state.shape[1] + length - 1), n * length)
+        for k in range(length):
+            if k:
+                out = self.model.base_model(input_ids=g[-1], past_key_values=out.past_key_values, use_cache=True)
             logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1]).float() + self.mask
             g.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(self.device))  # (n, 1)
-            out = self.model.base_model(input_ids=g[-1], past_key_values=out.past_key_values, use_cache=True)
         return torch.cat(g, 1).tolist()
 
     @torch.no_grad()
     def predict(self, questions, g=None, context=adult.INSTRUCTION, batch=64):
         """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
-        prefix, p, mass = self.prefix(g, context), numpy.zeros((len(questions), 2)), []
-        batch, past = max(1, min(batch, 16384 // len(prefix))), self.read(prefix) if len(prefix) < self.context else None
-        self.tokens += len(prefix)
-        self.flop += 2 * len(prefix) * self.weights
+        prefix, questions = self.share(self.prefix(g, context), questions)
+        past, p, mass = self.read(prefix), numpy.zeros((len(questions), 2)), []
+        batch = max(1, min(batch, (4096 if self.device.type == "cpu" else 16384) // len(prefix)))  # each person copies the prefix thrice
         by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
         for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
-            q = self(prefix, [questions[i] for i in part], past).softmax(-1)[..., self.answers]  # (2, B, 2)
+            q = self.answer(past, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
             p[part] = (q[..., 1] / q.sum(-1)).T.double().cpu().numpy()
             mass.append(q.sum(-1).mean(0).cpu())
         return p, float(torch.cat(mass).mean())
@@ -184,18 +202,17 @@ class Options:
 
 
 class Adversary:
-    """g_phi: for each of L positions a categorical distribution over the tokens, in several restarts (R, L, V)."""
+    """g_phi: for each of L positions a categorical distribution over the tokens. `phi`: the logits (L, V) of each of R restarts."""
 
     def __init__(self, reader, o, generator):
         self.reader, self.o, self.generator = reader, o, generator
-        self.phi = (.2 * torch.randn(o.restarts, o.prompt_length, len(reader.mask), generator=generator)).to(reader.device)
-        self.renew(self.phi)
+        self.renew(.2 * torch.randn(o.restarts, o.prompt_length, len(reader.mask), generator=generator))
 
     def renew(self, phi):
-        """Begin at `phi`, Adam's moments forgotten.
+        """Begin at `phi`, R times (L, V), each restart with an Adam of its own.
         Straight-through gradients on 50,000 logits are 1e-6 and smaller: with Adam's usual eps of 1e-8 nothing moves."""
-        self.phi = phi.detach().requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phi], lr=self.o.phi_lr, eps=self.o.phi_eps)
+        self.phi = [p.detach().to(self.reader.device).clone().requires_grad_() for p in phi]
+        self.optimisers = [torch.optim.Adam([p], lr=self.o.phi_lr, eps=self.o.phi_eps) for p in self.phi]
 
     def around(self, prompts, odds=14.):
         """phi (R, L, V) that draws each token of R prompts with these odds (14 to 1: .93), else any other usable one."""
@@ -205,16 +222,17 @@ class Adversary:
 
     def draw(self, restart):
         """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
-        noise = -torch.empty(self.phi.shape[1:]).exponential_(generator=self.generator).log().to(self.phi.device)
+        noise = -torch.empty(self.phi[restart].shape).exponential_(generator=self.generator).log().to(self.reader.device)
         return gumbel_softmax(self.phi[restart] + self.reader.mask, self.o.tau, noise=noise)
 
     def step(self, questions, restart):
         """One step of phi with theta frozen -> gap before it. No gradient reaches theta: it is asked for phi only."""
+        phi = self.phi[restart]
         with frozen(lora.theta(self.reader.model)):
             loss = gap(self.reader(self.reader.prefix(self.draw(restart)), questions))
-            self.phi.grad, = torch.autograd.grad(-self.o.sign * loss, self.phi)
-        all_reduce([self.phi.grad])
-        self.optimiser.step()
+            phi.grad, = torch.autograd.grad(-self.o.sign * loss, phi)
+        all_reduce([phi.grad])
+        self.optimisers[restart].step()
         return loss.item()
 
     def ids(self, restart):
@@ -264,13 +282,12 @@ class Game:
         """phi's half, then theta's: one pass over the people (with `theta` False phi's alone, Eq. (4)) -> what happened."""
         o, losses, record = self.o, [], {"round": self.done}
         if o.prompts == "adversarial":
-            with self.clock("phi"):
+            with self.clock("phi"), lora.merged(self.reader.model):
                 record["attack"] = self.attack()
-        order = self.rng.permutation(len(self.people)) if theta else []
-        batches = [mine(order[i:i + o.batch_size]) for i in range(0, len(order), o.batch_size)]
+        steps = math.ceil(len(self.people) / o.batch_size) if theta else 0
         with self.clock("theta"):
-            for k, rows in enumerate(batches):
-                progress = (self.done + k / len(batches)) / o.rounds
+            for k, rows in enumerate(itertools.islice(self.batches(), steps)):
+                progress = (self.done + k / steps) / o.rounds
                 lam = o.lam * min(1., max(0., (progress - o.warm_up) / .2))  # the task first, then the ramp
                 losses.append(self.model_step(rows, lam))
                 if progress >= 1 - o.swa:
@@ -280,6 +297,15 @@ class Game:
         self.done += 1
         o.history.append(record)
         return record
+
+    def batches(self):
+        """Rows, a batch at a time, pass after pass, in random order; but each four batches are sorted by length, or much is padded."""
+        b = self.o.batch_size
+        while True:
+            order = self.rng.permutation(len(self.people))
+            for window in (order[i:i + 4 * b] for i in range(0, len(order), 4 * b)):
+                window = sorted(window, key=lambda i: len(self.questions[i][0]))
+                yield from (mine(window[i:i + b]) for i in range(0, len(window), b))
 
     def attack(self):
         """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones.
@@ -294,12 +320,10 @@ class Game:
             texts = self.reader.write(o.restarts, 2 * o.prompt_length, self.generator)
             self.adversary.renew(self.adversary.around([g[at:at + o.prompt_length] for g in texts]))
         else:
-            self.adversary.renew(self.adversary.phi * o.shrink)
+            self.adversary.renew([p * o.shrink for p in self.adversary.phi])
         for restart in range(o.restarts):
-            self.adversary.renew(self.adversary.phi)  # or Adam's momentum would go on moving the restarts before
-            average = SWA([self.adversary.phi])  # what the released code averages: used in --ablation alone
-            for _ in range(o.phi_steps):
-                rows = mine(self.rng.permutation(len(self.people))[:o.batch_size])
+            average = SWA([self.adversary.phi[restart]])  # what the released code averages: used in --ablation alone
+            for rows in itertools.islice(self.batches(), o.phi_steps):
                 self.adversary.step([self.questions[i] for i in rows], restart)
                 if o.swa_phi:
                     average.update()
@@ -325,28 +349,28 @@ class Game:
             past = past[-int(self.rng.integers(1, len(past) + 1)):]  # prompts come in all lengths
         return [None, self.adversary.ids(int(self.rng.integers(self.o.restarts))), past]
 
-    def loss(self, rows, lam, prompts):
-        """theta's objective in Eq. (3) on some people under some prompts (None: the clean one) -> loss, mean task, mean gap.
-
-        The task is averaged over the prompts, and the gap of each weighs lam; THREE always, so that lam means the same
-        where all three are none and are computed once.
-        """
-        people, questions = [self.people[i] for i in rows], [self.questions[i] for i in rows]
-        outputs = [self.reader(self.reader.prefix(g), questions) for g in prompts]
-        t = torch.stack([task(z, people, self.reader.answers, self.o.cda) for z in outputs]).mean()
-        d = torch.stack([gap(z) for z in outputs]).mean()
-        return (t + lam * THREE * d if lam else t), t, d
+    def loss(self, rows, g):
+        """Both terms of Eq. (3) on some people under a prompt (None: the clean one) -> task, gap."""
+        questions = [self.questions[i] for i in rows]
+        logits = self.reader(self.reader.prefix(g), questions)
+        return task(logits, [self.people[i] for i in rows], self.reader.answers, self.o.cda), gap(logits)
 
     def model_step(self, rows, lam):
-        """theta's half: one step on a batch -> (task, gap) before it."""
-        loss, t, d = self.loss(rows, lam, self.prompts())
-        if not torch.isfinite(loss):
-            raise InputError(f"the loss is {loss.item()} in round {self.done + 1}; the learning rate ({self.o.lr}) or lam "
-                             f"({self.o.lam}) is likely too high: lower it.")
+        """theta's half: one step on a batch -> (task, gap) before it.
+
+        The task is averaged over the prompts, and the gap of each weighs lam; THREE always, so that lam means the same
+        where all three are none and are computed once. A backward pass for each prompt: one graph in memory at a time.
+        """
+        seen, prompts = torch.zeros(2, device=self.reader.device), self.prompts()
         self.optimiser.zero_grad()
-        loss.backward()
-        seen = torch.stack([t, d]).detach()
+        for g in prompts:
+            t, d = self.loss(rows, g)
+            ((t + lam * THREE * d if lam else t) / len(prompts)).backward()
+            seen += torch.stack([t, d]).detach() / len(prompts)
         all_reduce([p.grad for p in self.theta] + [seen])
+        if not torch.isfinite(seen).all():
+            raise InputError(f"the loss is not finite in round {self.done + 1}; the learning rate ({self.o.lr}) or lam "
+                             f"({self.o.lam}) is likely too high: lower it.")
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
         return seen.tolist()
@@ -354,7 +378,7 @@ class Game:
     def state(self):
         """Everything a resumed game needs to go on bit for bit."""
         return {"theta": [p.detach() for p in self.theta], "optimiser": self.optimiser.state_dict(), "pool": self.pool,
-                "phi": self.adversary.phi.detach(), "swa": (self.swa.average, self.swa.n), "done": self.done,
+                "phi": [p.detach() for p in self.adversary.phi], "swa": (self.swa.average, self.swa.n), "done": self.done,
                 "rng": self.rng.bit_generator.state, "generator": self.generator.get_state(), "dropout": torch.get_rng_state(),
                 "history": self.o.history}
 
@@ -363,7 +387,8 @@ class Game:
         for p, w in zip(self.theta, state["theta"]):
             p.data.copy_(w)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.adversary.phi, self.pool, self.done = state["phi"], state["pool"], state["done"]
+        self.adversary.renew(state["phi"])
+        self.pool, self.done = state["pool"], state["done"]
         self.swa.average, self.swa.n = state["swa"]
         self.rng.bit_generator.state = state["rng"]
         self.generator.set_state(state["generator"])
@@ -431,7 +456,7 @@ def gcg(reader, questions, length, budget, rng, candidates=8, top=64):
     """
     value, g = max(search(reader, questions, length, max(1, budget // 4), rng) for search in (random_search, written_search))
     best, spent = (value, g), budget // 2
-    while spent < budget:
+    while spent + candidates + 3 <= budget:
         onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()
         with frozen(lora.theta(reader.model)):
             slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class LoRALinear(nn.Module):
         if self.original is not None:
             return self.base(x)
         low = nn.functional.dropout(x, self.dropout, self.training) @ self.A.to(x.dtype).T  # (..., r)
-        return self.base(x) + self.scale * (low @ self.B.to(x.dtype).T)
+        return self.base(x) + (self.scale * low) @ self.B.to(x.dtype).T  # scaled while it is small
 
 
 def inject(model, r=8, alpha=16, dropout=0., seed=0):
@@ -77,7 +78,8 @@ def share(model):
 
 @torch.no_grad()
 def merge(model):
-    """Put B A into the weights, for evaluation at the base model's price. `unmerge` brings the very same weights back."""
+    """Put B A into the weights, where theta is not trained: evaluation and phi's half, at the base model's price (in bf16 rounded).
+    `unmerge` brings the very same weights back."""
     for m in adapters(model):
         if m.original is None:
             m.original = m.base.weight.data
@@ -89,6 +91,16 @@ def unmerge(model):
     for m in adapters(model):
         if m.original is not None:
             m.base.weight.data, m.original = m.original, None
+
+
+@contextmanager
+def merged(model):
+    """Inside this `with` B A is in the weights."""
+    merge(model)
+    try:
+        yield
+    finally:
+        unmerge(model)
 
 
 def save(model, directory, base_name):

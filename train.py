@@ -78,7 +78,7 @@ def parser():
     g.add_argument("--dropout", type=float, default=0., help="of LoRA's input; released code 0.01; it fakes a gap")
     g.add_argument("--lr", type=float, default=1e-3, help="AdamW's, for theta; released code 5e-4")
     g.add_argument("--rounds", type=int, default=12, help="epochs, each an attack and a pass over the rows; paper 10")
-    g.add_argument("--batch-size", type=int, default=10, help="people per step of theta; released code 9 (accumulated)")
+    g.add_argument("--batch-size", type=int, default=10, help="people per step of theta and of phi; released code 9 (accumulated)")
     g.add_argument("--warm-up", type=float, default=.3, help="share of the rounds before lam begins to rise; paper 0")
     g.add_argument("--swa", type=float, default=.4, help="share of the steps, at the end, that SWA averages (§4.2)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
@@ -360,6 +360,7 @@ def draw(data, a, seed):
 def run_arm(name, options, reader, data, a, seed, state, bar, folder):
     """Train (or not) and measure one model -> its row of Table 3."""
     import numpy
+    import torch
     import faircon
     import lora
     began, (train, validation, test, test_bpc) = time.perf_counter(), draw(data, a, seed)
@@ -389,14 +390,13 @@ def run_arm(name, options, reader, data, a, seed, state, bar, folder):
         if a.prompt_only:
             g = game.pool[int(numpy.argmin([faircon.score(reader, p, game.validation) for p in game.pool]))]
         else:
-            lora.merge(reader.model)
-            raw = measure(reader, test, attributes=o.attributes)
-            lora.unmerge(reader.model)
+            with lora.merged(reader.model):
+                raw = measure(reader, test, attributes=o.attributes)
             game.swa.apply()
         if name == "FairCon" and leader():
             lora.save(reader.model, folder / "adapter", a.model)
             from safetensors.torch import save
-            write(folder / "phi.safetensors", save({"phi": game.adversary.phi.detach().cpu()}))
+            write(folder / "phi.safetensors", save({"phi": torch.stack(game.adversary.phi).detach().cpu()}))
             write(folder / "prompts.txt", "".join(json.dumps(reader.tokenizer.decode(p)) + "\n" for p in game.pool).encode())
     elif name == "frozen, random prompt":
         g = faircon.random_prompt(reader, a.prompt_length, numpy.random.default_rng((seed, 4)))
@@ -568,35 +568,36 @@ def evaluate_run(a):
 
 
 def cost_of(a, shots, seconds=5.):
-    """One line of --cost, steps until `seconds` have passed: of phi and of theta, or (with `shots`) of 48 people behind a few-shot
-    prompt -> Clock's phases, number of steps, peak GB, GFLOP/s of a matrix product."""
+    """One line of --cost, steps until `seconds` have passed: of phi and of theta, by fours (see `batches`), or (with `shots`) of 48
+    people behind a few-shot prompt -> Clock's phases, number of steps, peak GB, GFLOP/s of a matrix product."""
     import faircon
     import lora
     import numpy
     reader, _ = load_model(a.model, a.dtype, a.device)
     data, rng = adult.load(a.data), numpy.random.default_rng(a.seed)
-    clock, people = Clock(reader), adult.sample(data.train, 200, 0., rng)
-    questions, prompt = reader.questions(people[:48]), adult.few_shot(data.train, shots or 0, 0., rng)
+    clock, people = Clock(reader), adult.sample(data.train, 4 * a.batch_size, 0., rng)
+    questions, prompt = reader.questions(adult.sample(data.train, 48, 0., rng)), adult.few_shot(data.train, shots or 0, 0., rng)
     lora.inject(reader.model, a.rank, a.alpha)
-    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, restarts=1, cut=False), a.seed)
+    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, batch_size=a.batch_size, restarts=1, cut=False), a.seed)
+    batches = game.batches()
 
-    def step(k, clock):
+    def step(clock):
         if shots:
             with clock("evaluation"):
                 return reader.predict(questions, context=prompt)
-        rows = [(k * a.batch_size + i) % len(people) for i in range(a.batch_size)]
-        with clock("phi"):
+        rows = next(batches)
+        with lora.merged(reader.model), clock("phi"):
             game.adversary.step([game.questions[i] for i in rows], 0)
         game.pool = [game.adversary.ids(0)]
         with clock("theta"):
             game.model_step(rows, a.lam[0])
     if shots:
         lora.merge(reader.model)
-    step(0, lambda phase: contextlib.nullcontext())  # warms up
-    steps, end = 0, time.perf_counter() + seconds
-    while not steps or time.perf_counter() < end:
+    step(lambda phase: contextlib.nullcontext())  # warms up
+    steps, end, batches = 0, time.perf_counter() + seconds, game.batches()
+    while steps % (1 if shots else 4) or time.perf_counter() < end:
         steps += 1
-        step(steps, clock)
+        step(clock)
     return clock.report(), steps, peak_gb(), matrix_rate(reader.device, reader.model.dtype)
 
 
