@@ -5,6 +5,7 @@ validation rows of adult.data, and every model is also attacked with prompts it 
 """
 import argparse
 import contextlib
+import ctypes
 import difflib
 import json
 import math
@@ -141,11 +142,20 @@ def plotting():
 
 # ---------------------------------------------------------------- loading and saving
 
+def keep_memory():
+    """glibc hands large buffers back to the kernel after every step and takes them again: keeping them saves up to half of the time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(threshold, 2 ** 31 - 1)
+
+
 def load_model(name, dtype="auto", device="auto"):
     """-> Reader of a causal LM, eval mode, and why this device and dtype. Raises InputError."""
     import torch
     import transformers
     import faircon
+    keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if device == "auto":
