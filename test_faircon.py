@@ -2,6 +2,7 @@
 
 Tests that need the published Adult files, GPT-2's tokenizer or peft are skipped, saying so, when these are not there.
 """
+import functools
 import itertools
 import json
 import math
@@ -39,9 +40,12 @@ DATA = str(REAL) if (REAL / "adult.data").exists() else str(adult.TINY)
 SMALL = ["--rows", "20", "--test-rows", "40", "--rounds", "3", "--phi-steps", "2", "--restarts", "2", "--prompt-length", "10", "--attack", "none"]
 
 
+load_once = functools.lru_cache(adult.load)
+
+
 @pytest.fixture(scope="module")
 def data():
-    return adult.load(DATA)
+    return load_once(DATA)
 
 
 @pytest.fixture()
@@ -570,7 +574,7 @@ def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
     progress = (0, 0)
     while kills < 20:
         p = start(folder, *(["--resume"] if state.exists() else []))
-        p.join(float(rng.uniform(.2, .8)) * min(wall, 1.5))
+        p.join(float(rng.uniform(.2, .8)) * min(wall, 1.))
         if p.exitcode is not None:
             assert p.exitcode == 0
             shutil.rmtree(folder)  # it finished before the blow: begin another
@@ -711,6 +715,7 @@ MADE = [(file_where_a_folder_belongs, "written"), (damaged_state, "damaged"), (o
 @pytest.mark.parametrize("case", OPTION + FOLDERS + MADE, ids=lambda c: c[0] if isinstance(c[0], str) else f"{c[0].__name__} {c[1]}")
 def test_bad_input_is_one_clear_sentence(case, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adult, "load", load_once)  # seventy times the same files
     if isinstance(case[0], str):
         words = case[0].split() + ([] if "--data" in case[0] else ["--data", DATA])
     else:
