@@ -133,7 +133,8 @@ class Reader:
         """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
         prefix, questions = self.share(self.prefix(g, context), questions)
         past, p, mass = self.read(prefix), numpy.zeros((len(questions), 2)), []
-        batch = max(1, min(batch, (4096 if self.device.type == "cpu" else 16384) // len(prefix)))  # each person copies the prefix thrice
+        size = 2 * self.model.config.num_hidden_layers * self.embed.shape[1]  # of the cache, a position: thrice for each person
+        batch = max(1, min(batch, (1 if self.device.type == "cpu" else 16) * min(4096, 2 ** 27 // size) // len(prefix)))
         by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
         for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
             q = self.answer(past, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
