@@ -158,6 +158,7 @@ def load_model(name, dtype="auto", device="auto"):
     keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # renamed in transformers 5.24, gone in 5.40
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
