@@ -434,7 +434,7 @@ def test_gcg_beats_random_search_at_equal_budget(reader, data):
     for _ in range(4):
         game.round()
     lora.merge(reader.model)
-    questions = reader.questions(people_of(data, 12, seed=5))
+    questions = reader.questions(people_of(data, 8, seed=5))
     best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(5)])
             for f in (faircon.random_search, faircon.gcg)}
     assert best["gcg"] > best["random_search"], best
