@@ -133,8 +133,9 @@ class Reader:
         """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
         prefix, questions = self.share(self.prefix(g, context), questions)
         past, p, mass = self.read(prefix), numpy.zeros((len(questions), 2)), []
-        size = 2 * self.model.config.num_hidden_layers * self.embed.shape[1]  # of the cache, a position: thrice for each person
-        batch = max(1, min(batch, (1 if self.device.type == "cpu" else 16) * min(4096, 2 ** 27 // size) // len(prefix)))
+        one = 2 * self.model.config.num_hidden_layers * self.embed.shape[1]  # numbers in the keys and values of one position
+        most = min(4096, 2 ** 27 // one) * (1 if self.device.type == "cpu" else 16)  # positions: each person copies the prefix, thrice
+        batch = max(1, min(batch, most // len(prefix)))
         by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
         for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
             q = self.answer(past, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
@@ -227,28 +228,15 @@ class Adversary:
         return gumbel_softmax(self.phi[restart] + self.reader.mask, self.o.tau, noise=noise)
 
     def step(self, questions, restart):
-        """One step of phi with theta frozen -> gap before it. No gradient reaches theta: it is asked for phi only."""
-        phi = self.phi[restart]
-        with frozen(lora.theta(self.reader.model)):
-            loss = gap(self.reader(self.reader.prefix(self.draw(restart)), questions))
-            phi.grad, = torch.autograd.grad(-self.o.sign * loss, phi)
+        """One step of phi, theta frozen -> gap before it. The gradient is asked for phi alone."""
+        phi, loss = self.phi[restart], gap(self.reader(self.reader.prefix(self.draw(restart)), questions))
+        phi.grad, = torch.autograd.grad(-self.o.sign * loss, phi)
         all_reduce([phi.grad])
         self.optimisers[restart].step()
         return loss.item()
 
     def ids(self, restart):
         return self.draw(restart).argmax(-1).tolist()
-
-
-@contextlib.contextmanager
-def frozen(parameters):
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def all_reduce(gradients):
@@ -459,8 +447,7 @@ def gcg(reader, questions, length, budget, rng, candidates=8, top=64):
     best, spent = (value, g), budget // 2
     while spent + candidates + 3 <= budget:
         onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()
-        with frozen(lora.theta(reader.model)):
-            slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)
+        slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)
         ranked, tried = (slope + reader.mask).topk(min(top, len(reader.usable)), -1).indices.cpu(), []
         for _ in range(candidates * 4):
             position, other = int(rng.integers(length)), list(g)

@@ -427,7 +427,7 @@ def test_state_and_restore_go_on_bit_for_bit(data, starts):
     assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
-def test_gcg_beats_random_search_at_equal_budget(reader, data):
+def test_attacks_beat_search_at_equal_budget(reader, data):
     lora.inject(reader.model, 8, 16)
     game = faircon.Game(reader, people_of(data, 60, .5), people_of(data, 8),
                         faircon.Options(lam=0., prompts="none", rounds=4, swa=0., lr=3e-3), 0)
@@ -435,9 +435,10 @@ def test_gcg_beats_random_search_at_equal_budget(reader, data):
         game.round()
     lora.merge(reader.model)
     questions = reader.questions(people_of(data, 8, seed=5))
-    best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(5)])
-            for f in (faircon.random_search, faircon.gcg)}
-    assert best["gcg"] > best["random_search"], best
+    best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(draws)])
+            for f, draws in ((faircon.random_search, 5), (faircon.written_search, 2), (faircon.gumbel_attack, 2), (faircon.gcg, 5))}
+    assert best["gcg"] > max(best["random_search"], best["written_search"]), best
+    assert best["gumbel_attack"] > best["written_search"], best
 
 
 # ---------------------------------------------------------------- tiny/

@@ -605,7 +605,7 @@ def cost_of(a, shots, seconds=5.):
     if shots:
         lora.merge(reader.model)
     step(lambda phase: contextlib.nullcontext())  # warms up
-    steps, end, batches = 0, time.perf_counter() + seconds, game.batches()
+    steps, end = 0, time.perf_counter() + seconds
     while steps % (1 if shots else 4) or time.perf_counter() < end:
         steps += 1
         step(clock)
