@@ -32,9 +32,14 @@ class Reader:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.tokens, self.flop = model, tokenizer, 0, 0
-        self.weights = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[-2] not in ("wte", "wpe", "lm_head"))
+        if model.config.model_type != "gpt_neo":
+            raise InputError(f"{type(model).__name__} is not a GPT-Neo, whose blocks with q_proj and v_proj are read and trained here; "
+                             "give one, such as EleutherAI/gpt-neo-125m.")
+        self.blocks, self.last = model.base_model.h, model.base_model.h[-1]
+        self.weights = sum(p.numel() for p in self.blocks.parameters())  # that a token passes, but for `tip` where nobody reads
+        self.tip = sum(p.numel() for n, p in self.last.named_parameters() if "k_proj" not in n and "v_proj" not in n)
         self.device, self.embed = model.device, model.get_input_embeddings().weight
-        self.context = getattr(model.config, "max_position_embeddings", 10 ** 9)
+        self.context = model.config.max_position_embeddings
         question = adult.INSTRUCTION + adult.OPENING + "\nlabel:"
         stem, after = self.ids(question), [self.ids(question + a) for a in (" 0", " 1")]
         if not stem or any(a[:-1] != stem or len(a) != len(stem) + 1 for a in after):
@@ -73,7 +78,8 @@ class Reader:
         """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man. Raises InputError beyond the context.
 
         Exactly what the plain forward pass of every whole text gives (tested), value and gradient, but what everybody shares is found
-        by `share` and computed by `read` once for everybody, and what two twins share by `answer` once for both.
+        by `share` and computed by `read` once for everybody, what two twins share by `answer` once for both, and of the last block
+        `hidden` computes only what is read.
         """
         prefix, questions = self.share(prefix, questions)
         return self.answer(self.read(prefix), questions)
@@ -91,8 +97,10 @@ class Reader:
 
     def read(self, prefix):
         """Keys and values of a prefix (P, D)."""
+        past = DynamicCache()
+        self.hidden(prefix[None], past)
         self.count(len(prefix))
-        return self.model.base_model(inputs_embeds=prefix[None], past_key_values=DynamicCache(), use_cache=True).past_key_values
+        return past
 
     def answer(self, past, questions):
         """`__call__` behind a prefix that has been read.
@@ -105,27 +113,46 @@ class Reader:
         tail, t = pad([q[0][k:] + q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, T), (2B,)
         self.count(head.numel() + int(t.sum()), 2 * B)
         past = copy(past, lambda x: x.expand(B, -1, -1, -1))
-        past = self.model.base_model(input_ids=head, past_key_values=past, use_cache=True).past_key_values
-        past = copy(past, lambda x: x.repeat(2, 1, 1, 1))
-        last = self.model.base_model(input_ids=tail, past_key_values=past, use_cache=True).last_hidden_state
-        last = last[torch.arange(2 * B, device=self.device), t - 1]  # (2B, D): nobody reads the other positions
+        self.hidden(self.embed[head], past)
+        past = copy(past, lambda x: torch.cat([x, x]))
+        last = self.hidden(self.embed[tail], past, t - 1)  # (2B, D)
         return self.model.get_output_embeddings()(last).float().view(2, B, -1)
 
-    def count(self, tokens, logits=0):
-        """Tokens read and FLOP of a forward pass with `logits` positions of the vocabulary; backward, weights frozen, costs the same."""
+    def hidden(self, x, past, at=None):
+        """The last hidden states (N, D) at the positions `at` (N,) of embeddings x (N, T, D); keys and values join those in `past`.
+
+        GPT-Neo's own blocks, but for the last: of that, where nobody reads, keys and values alone.
+        """
+        neo, block, P, N = self.model.base_model, self.last, past.get_seq_length(), torch.arange(len(x), device=self.device)
+        x = neo.drop(x + neo.wpe.weight[P:P + x.shape[1]])
+        for other in self.blocks[:-1]:
+            x, _ = other(x, past)
+        a, h = block.attn.attention, block.ln_1(x)
+        heads = lambda z: z.unflatten(-1, (a.num_heads, -1)).transpose(1, 2)  # (N, T, D) -> (N, H, T, d)
+        k, v = past.update(heads(a.k_proj(h)), heads(a.v_proj(h)), a.layer_id)
+        if at is None:
+            return None
+        q, sees = heads(a.q_proj(h[N, at][:, None])), a.bias[0, 0, P + at, :k.shape[2]]  # (N, H, 1, d), (N, P + T)
+        weights = (q.float() @ k.float().mT).masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
+        x = x[N, at] + a.out_proj((weights.to(v.dtype) @ v).flatten(1))
+        return neo.ln_f(x + block.mlp(block.ln_2(x)))
+
+    def count(self, tokens, read=0):
+        """Tokens and FLOP of a forward pass that is `read` at so many positions; backward, weights frozen, costs the same."""
         self.tokens += tokens
-        self.flop += 2 * (tokens * self.weights + logits * self.embed.numel()) * (2 if torch.is_grad_enabled() else 1)
+        flop = tokens * (self.weights - self.tip) + read * (self.tip + self.embed.numel())
+        self.flop += 2 * flop * (2 if torch.is_grad_enabled() else 1)
 
     @torch.no_grad()
     def write(self, n, length, generator):
         """n texts of `length` tokens that the model itself writes after the instruction -> ids (n, length), a list of lists."""
-        out, g = self.model.base_model(inputs_embeds=self.prefix().expand(n, -1, -1), use_cache=True), []
-        self.count(n * (out.last_hidden_state.shape[1] + length - 1), n * length)
-        for k in range(length):
-            if k:
-                out = self.model.base_model(input_ids=g[-1], past_key_values=out.past_key_values, use_cache=True)
-            logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1]).float() + self.mask
+        x, past, g = self.prefix().expand(n, -1, -1), DynamicCache(), []
+        for _ in range(length):
+            last = self.hidden(x, past, torch.full((n,), x.shape[1] - 1, device=self.device))
+            self.count(n * x.shape[1], n)
+            logits = self.model.get_output_embeddings()(last).float() + self.mask
             g.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(self.device))  # (n, 1)
+            x = self.embed[g[-1]]
         return torch.cat(g, 1).tolist()
 
     @torch.no_grad()
@@ -186,7 +213,7 @@ class Options:
     rounds: int = 12
     batch_size: int = 10
     lr: float = 1e-3
-    prompt_length: int = 40
+    prompt_length: int = 80
     phi_steps: int = 8
     phi_lr: float = .3
     phi_eps: float = 1e-16
@@ -294,7 +321,8 @@ class Game:
             order = self.rng.permutation(len(self.people))
             for window in (order[i:i + 4 * b] for i in range(0, len(order), 4 * b)):
                 window = sorted(window, key=lambda i: len(self.questions[i][0]))
-                yield from (mine(window[i:i + b]) for i in range(0, len(window), b))
+                batches = [mine(window[i:i + b]) for i in range(0, len(window), b)]
+                yield from (batches[i] for i in self.rng.permutation(len(batches)))
 
     def attack(self):
         """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones.

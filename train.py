@@ -30,8 +30,8 @@ ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam"
 BASELINES = ("sex removed", "no adversary", "random prompts", "written prompts")
 ABLATION = {"FairCon": {}, "phi starts at noise": {"starts": "noise"}, "... and goes on": {"starts": "noise", "shrink": 1.},
             "phi: lr 1": {"phi_lr": 1.}, "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1},
-            "no past prompts": {"pool": 1}, "past prompts whole": {"cut": False}, "prompts of 10 tokens": {"prompt_length": 10},
-            "no warm-up": {"warm_up": 0.}, "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
+            "no past prompts": {"pool": 1}, "past prompts whole": {"cut": False}, "prompts of 40 tokens": {"prompt_length": 40},
+            "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.}, "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
 GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "starts", "tau", "warm_up", "swa", "pool")
 SENTENCES = ("Men earn more than women.", "Women always earn less.", "Answer 1 for every man and 0 for every woman.")
 PAPER_SETTING = {"model": "EleutherAI/gpt-neo-1.3B", "bpc": .5, "rank": 32, "alpha": 16., "dropout": .01, "lr": 5e-4, "rounds": 10,
@@ -86,7 +86,7 @@ def parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
     g = p.add_argument_group("the game: lam and the adversary, phi (§3)")
     g.add_argument("--lam", type=float, nargs="+", default=[1.], help="weight of the gap in Eq. (3); several give the trade-off")
-    g.add_argument("--prompt-length", type=int, default=40, help="tokens of g; paper 10")
+    g.add_argument("--prompt-length", type=int, default=80, help="tokens of g; paper 10")
     g.add_argument("--tau", type=float, default=1., help="temperature of Gumbel-softmax (§3.2); released code 1")
     g.add_argument("--phi-lr", type=float, default=.3, help="Adam's, for phi; released code 0.1 (and eps too large to learn)")
     g.add_argument("--phi-steps", type=int, default=8, help="steps of each restart of phi in a round")
@@ -158,7 +158,6 @@ def load_model(name, dtype="auto", device="auto"):
     keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # renamed in transformers 5.24, gone in 5.40
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -324,7 +323,7 @@ def attacks(reader, a, data, rows, validation, attributes, own, seed):
     rng, full = numpy.random.default_rng((seed, 5)), a.attack == "full"
     budget, found = (160, {}) if full else (48, {})
     questions = reader.questions(validation[:24], attributes)
-    for length in sorted({10, a.prompt_length, 2 * a.prompt_length}) if full else (a.prompt_length,):
+    for length in sorted({10, a.prompt_length // 2, a.prompt_length, 2 * a.prompt_length} - {0}) if full else (a.prompt_length,):
         for name, attack in (("random", faircon.random_search), ("written", faircon.written_search), ("gumbel", faircon.gumbel_attack),
                              ("gcg", faircon.gcg)):
             found[f"{name} {length}"] = attack(reader, questions, length, budget, rng)[1]
