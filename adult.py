@@ -1,150 +1,231 @@
-"""Section 2: the Adult census as text. Rows, their counterfactual twins, samples at an exact b_Pc, few-shot prompts.
+"""Section 2: the Adult census as text.
 
-A row of the UCI file becomes one sentence ending in "label:", and the model's next token, " 0" or " 1", is its answer.
-Where we depart from the paper: train rows come from adult.data and test rows from adult.test only, labels lose their full
-stop (see `read`), and people are drawn without replacement.
+A census row becomes one sentence that ends in "label:"; the model's next token, " 0"
+or " 1", is its answer to "does this person earn over $50k?".
 
-    python adult.py [DIR]      # the base rates behind the paper's "x5.23" and "b = 0.1312", and where they come from
+    s = 0, 1          Male, Female: the sensitive attribute       Person.s
+    y = 0, 1          at most, or over, $50k                      Person.y
+    x_m, x_f          one person's text as a man and as a woman   twins
+    b_Pc              P(y=1|s=0) - P(y=1|s=1) of some people      base_rates, cells
+    counterbalance    each person of a prompt stands there twice, as both sexes
+
+PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
+writes ">50K.": see `read`. Train and test rows are the same 200 there; here train rows
+come from adult.data, test rows from adult.test, and nobody is drawn twice.
+
+    python adult.py         # a row, its twins, a prompt, and where x5.23 comes from
 """
 import csv
 import hashlib
+import http.client
 import os
 import pathlib
-import socket
 import sys
 import urllib.error
 import urllib.request
 import warnings
+from textwrap import fill
 from typing import NamedTuple
 
-COLUMNS = ("age", "workclass", "fnlwgt", "education", "number of years of education", "marital status", "occupation",
-           "relationship", "race", "sex", "capital gain", "capital loss", "hours per week", "native country")
-# Left out as in the released code: final weight, marital status, and relationship (Husband / Wife would give sex away).
-ATTRIBUTES = tuple(c for c in COLUMNS if c not in ("fnlwgt", "marital status", "relationship"))
+COLUMNS = (
+    "age", "workclass", "fnlwgt", "education", "number of years of education",
+    "marital status", "occupation", "relationship", "race", "sex", "capital gain",
+    "capital loss", "hours per week", "native country")
+# As in the released code. Relationship would give sex away: Husband, Wife.
+LEFT_OUT = ("fnlwgt", "marital status", "relationship")
+ATTRIBUTES = tuple(name for name in COLUMNS if name not in LEFT_OUT)
 SEX = COLUMNS.index("sex")
-SEXES = ("Male", "Female")  # s = 0, s = 1
+SEXES = ("Male", "Female")
 INSTRUCTION = "Predict whether the annual income of this person is greater than $50k\n"
 OPENING = "A person in the 1994 census has the following attributes:"
+
 TINY = pathlib.Path(__file__).resolve().parent / "tiny"
 UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
-SHA256 = {"adult.data": "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
-          "adult.test": "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"}
+SHA256 = {
+    "adult.data": "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
+    "adult.test": "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"}
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message is one sentence saying what, and what to do."""
+    """What the user gave is wrong; one sentence says what, and what to do."""
 
 
 class Person(NamedTuple):
-    """One census row: its 14 values as written, and y = 1 when the income is above $50k."""
+    """One census row: its 14 values as written, and y = 1 for over $50k."""
     values: tuple
     y: int
 
     @property
     def s(self):
-        """The sensitive attribute: 0 for Male, 1 for Female (§2)."""
+        """The sensitive attribute: 0 for Male, 1 for Female."""
         return SEXES.index(self.values[SEX])
 
 
 class Adult(NamedTuple):
-    """`load`'s result: people of adult.data, people of adult.test, and where they came from."""
+    """The people of adult.data and of adult.test, and where they came from."""
     train: list
     test: list
     source: str
     sha256: dict
-    directory: pathlib.Path
 
 
-# ---------------------------------------------------------------- rows
+# ------------------------------------------------------------------ rows
 
 def read(path, labels_as_released=False):
-    """Parse one UCI file exactly as it is published -> list of Person.
-
-    adult.test opens with "|1x3 Cross validator" and ends every label with a full stop; both files end in a blank line and
-    write a missing value as "?", which stays. PAPER vs RELEASED CODE: `labels_as_released` compares the raw label with
-    ">50K", which turns every positive of adult.test (">50K.") into a negative. Raises InputError.
-    """
+    """One UCI file, as it is published -> list of Person; see `parse`."""
     path = pathlib.Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return parse(path.read_bytes(), path, labels_as_released)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a directory that holds adult.data and adult.test.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text in UTF-8; download it again from {UCI}.") from None
+        raise InputError(f"{path} does not exist; give a folder that holds "
+                         "adult.data and adult.test.") from None
+    except NotADirectoryError:
+        raise InputError(f"{path.parent} is a file; give the folder that holds "
+                         "adult.data and adult.test.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a readable file.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); "
+                         "give a readable file.") from None
+
+
+def parse(content, path, labels_as_released=False):
+    """The bytes of a UCI file -> list of Person. Raises InputError.
+
+    adult.test begins with "|1x3 Cross validator" and its labels end in a full stop;
+    both files end in a blank line and write a missing value as "?", which stays.
+    PAPER vs RELEASED CODE: `labels_as_released` compares the label as it stands with
+    ">50K": every ">50K." of adult.test becomes a negative, hence the paper's x5.23.
+    """
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+        rows = list(csv.reader(lines, skipinitialspace=True, strict=True))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; "
+                         f"download it again from {UCI}.") from None
+    except csv.Error as error:
+        raise InputError(f"{path} has a quote or a line that is no row ({error}); "
+                         f"download it again from {UCI}.") from None
     people = []
-    for number, row in enumerate(csv.reader(lines, skipinitialspace=True), 1):
+    for number, row in enumerate(rows, 1):
         if not row or row[0].startswith("|"):
             continue
-        if len(row) != 15:
-            raise InputError(f"{path}, line {number}: {len(row)} columns where Adult has 15; is this UCI's file, whole?")
+        check_row(row, f"{path}, line {number}")
         label = row[14] if labels_as_released else row[14].rstrip(".")
-        if row[SEX] not in SEXES or label.rstrip(".") not in ("<=50K", ">50K"):
-            raise InputError(f"{path}, line {number}: sex {row[SEX]!r} or label {row[14]!r} is not one of Adult's values; "
-                             "check the column order.")
         people.append(Person(tuple(row[:14]), int(label == ">50K")))
     if not people:
         raise InputError(f"{path} holds no rows; download it again from {UCI}.")
     return people
 
 
-def load(directory=None):
-    """The train and test people -> Adult. Without a directory: the cache, else UCI, else the synthetic twin in tiny/.
+def check_row(row, where):
+    """InputError unless a row has Adult's 15 columns, none empty, in their order."""
+    if row[0].strip().lower() == "age":
+        raise InputError(f"{where}: a header; Adult's files have none, take it out.")
+    if len(row) != 15:
+        raise InputError(f"{where}: {len(row)} columns where Adult has 15; "
+                         "is this UCI's file, whole?")
+    if "" in row:
+        raise InputError(f"{where}: an empty cell; write a missing value as ?.")
+    if row[SEX] not in SEXES or row[14].rstrip(".") not in ("<=50K", ">50K"):
+        raise InputError(f"{where}: sex {row[SEX]!r} or label {row[14]!r} is not one "
+                         "of Adult's values; check the column order.")
 
-    A directory is taken as it is. The cache and the download must have the published sha256. Raises InputError.
+
+def load(directory=None):
+    """The train and test people -> Adult. Raises InputError.
+
+    A directory is taken as it is. Without one: the cache, else UCI (both must have the
+    published sha256), else the synthetic twin in tiny/, and `source` says why.
     """
-    source = str(directory)
+    source, files = str(directory), {}
     if directory is None:
-        directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "faircon"
-        source = "UCI Adult"
-        if not all((directory / name).exists() for name in SHA256) and not _download(directory):
-            directory, source = TINY, "tiny/ (SYNTHETIC twin of Adult: UCI could not be reached)"
+        directory, source, files = find()
     directory = pathlib.Path(directory)
-    train, test = read(directory / "adult.data"), read(directory / "adult.test")
-    digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in SHA256}
-    if source == "UCI Adult" and digests != SHA256:
-        raise InputError(f"the files in {directory} do not have UCI's checksums; delete that directory and run again.")
+    if directory.is_file():
+        raise InputError(f"{directory} is a file; give the folder that holds "
+                         "adult.data and adult.test.")
     if directory.resolve() == TINY and "SYNTHETIC" not in source:
         source += " (SYNTHETIC twin of Adult)"
-    return Adult(train, test, source, digests, directory)
+    people, digests = [], {}
+    for name in SHA256:
+        if name in files:
+            people.append(parse(files[name], name))
+        else:
+            people.append(read(directory / name))
+            files[name] = (directory / name).read_bytes()
+        digests[name] = hashlib.sha256(files[name]).hexdigest()
+    return Adult(*people, source, digests)
 
 
-def _download(directory):
-    """Fetch both files into `directory`, checked and renamed into place; False when there is no network or no room."""
+def find():
+    """Where the published files are -> (directory, source, {name: bytes})."""
     try:
-        socket.create_connection((UCI.split("/")[2], 443), timeout=3).close()  # an absent network costs seconds
-        for name, digest in SHA256.items():
-            data = urllib.request.urlopen(UCI + name, timeout=10).read()
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise InputError(f"{UCI}{name} arrived with a wrong checksum; fetch it by hand and pass --data DIR.")
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / f"{name}.part").write_bytes(data)
-            (directory / f"{name}.part").replace(directory / name)
-    except (urllib.error.URLError, OSError):
-        return False
-    return True
+        cache = pathlib.Path.home() / ".cache"
+    except RuntimeError:                            # no HOME, and a user without a name
+        cache = pathlib.Path("/nonexistent")
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or cache) / "faircon"
+    files = {}
+    try:
+        for name in SHA256:
+            if (cache / name).is_file():
+                files[name] = (cache / name).read_bytes()
+    except OSError as error:
+        raise InputError(f"{cache / name} cannot be read ({error.strerror}); make it "
+                         "readable, or delete it.") from None
+    if len(files) == len(SHA256):
+        check_sha256(files, f"the files in {cache} do not have UCI's checksums; "
+                            "delete that folder and run again.")
+        return cache, "UCI Adult", files
+    try:
+        files = {name: fetch(UCI + name) for name in SHA256}
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        return TINY, f"tiny/ (SYNTHETIC twin of Adult; UCI gave: {reason!s:.44})", {}
+    check_sha256(files, f"what {UCI} sent has a wrong checksum; fetch both files by "
+                        "hand and give --data DIR.")
+    return cache, "UCI Adult" + keep(files, cache), files
 
 
-def base_rates(people):
-    """§2's two figures of a data set -> (b, ratio): P(y=1|s=0) - P(y=1|s=1), and people with y=0 per person with y=1."""
-    rate = [sum(p.y for p in people if p.s == s) / max(1, sum(p.s == s for p in people)) for s in (0, 1)]
-    positives = sum(p.y for p in people)
-    return rate[0] - rate[1], (len(people) - positives) / max(1, positives)
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read()
 
 
-# ---------------------------------------------------------------- text
+def check_sha256(files, complaint):
+    for name, content in files.items():
+        if hashlib.sha256(content).hexdigest() != SHA256[name]:
+            raise InputError(complaint)
+
+
+def keep(files, cache):
+    """Write the files into the cache, renamed into place -> a note if it failed."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            part = cache / f"{name}.{os.getpid()}.part"
+            try:
+                part.write_bytes(content)
+                part.replace(cache / name)
+            finally:
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        return f" (not kept: {cache} cannot be written, {error.strerror})"
+    return ""
+
+
+# ------------------------------------------------------------------ text
 
 def text(person, sex=None, attributes=ATTRIBUTES):
-    """The question about one person, without its answer; `sex` replaces the person's own (the counterfactual)."""
+    """The question about a person, answer left out; `sex` replaces the person's own."""
     values = dict(zip(COLUMNS, person.values))
-    values["sex"] = sex or values["sex"]
-    return f"{OPENING} " + ", ".join(f"{name} {values[name]}" for name in attributes) + "\nlabel:"
+    if sex is not None:
+        values["sex"] = sex
+    listed = ", ".join(f"{name} {values[name]}" for name in attributes)
+    return f"{OPENING} {listed}\nlabel:"
 
 
-def twins(person):
+def twins(person, attributes=ATTRIBUTES):
     """x_m and x_f of Eq. (3): the same question about a man and about a woman."""
-    return tuple(text(person, sex) for sex in SEXES)
+    return [text(person, sex, attributes) for sex in SEXES]
 
 
 def answer(person):
@@ -152,28 +233,57 @@ def answer(person):
     return f" {person.y}"
 
 
-# ---------------------------------------------------------------- sampling at a chosen b_Pc
+def flipped(person):
+    """The same row with the other sex and the same label."""
+    values = list(person.values)
+    values[SEX] = SEXES[1 - person.s]
+    return person._replace(values=tuple(values))
+
+
+def shot(person):
+    """One labelled line of a few-shot prompt."""
+    return text(person) + answer(person) + "\n"
+
+
+# ------------------------------------------------------------------ b_Pc
+
+def base_rates(people):
+    """b_Pc of some people, and how many have y = 0 for one with y = 1."""
+    rate = []
+    for s in (0, 1):
+        labels = [p.y for p in people if p.s == s]
+        rate.append(sum(labels) / max(1, len(labels)))
+    positives = sum(p.y for p in people)
+    return rate[0] - rate[1], (len(people) - positives) / max(1, positives)
+
 
 def cells(n, bpc):
-    """How many of n people fall in each (s, y) for b_Pc = P(y=1|s=0) - P(y=1|s=1), with y and s both balanced (§2).
+    """How many of n people fall in each (s, y), with y and s balanced (section 2).
 
-    n(1+b)/4 men with y=1 and women with y=0, n(1-b)/4 of the others. Where that is not whole, the nearest whole number is
-    taken and a warning tells the b that results. Raises InputError for bpc outside [-1, 1] or n that is not even.
+        n (1 + b) / 4    men with y = 1, and women with y = 0
+        n (1 - b) / 4    men with y = 0, and women with y = 1
+
+    Where that is not whole, the nearest whole number, with a warning. InputError for
+    bpc outside [-1, 1] or n not even.
     """
     if not -1 <= bpc <= 1:
-        raise InputError(f"b_Pc = {bpc} is impossible: a difference of two probabilities lies in [-1, 1].")
+        raise InputError(f"b_Pc = {bpc} is impossible: a difference of two "
+                         "probabilities lies in [-1, 1].")
     if n < 2 or n % 2:
-        raise InputError(f"{n} people cannot be balanced over two sexes; ask for an even number of at least 2.")
+        raise InputError(f"{n} people cannot be balanced over two sexes; "
+                         "ask for an even number of at least 2.")
     k = min(n // 2, round(n * (1 + bpc) / 4))
-    if abs(4 * k / n - 1 - bpc) > 1e-9:
-        warnings.warn(f"b_Pc = {bpc:.4g} is not exact with {n} people: b_Pc = {4 * k / n - 1:.4g} is used", stacklevel=2)
+    exact = 4 * k / n - 1
+    if abs(exact - bpc) > 1e-9:
+        warnings.warn(f"b_Pc = {bpc:.4g} is not exact with {n} people: "
+                      f"b_Pc = {exact:.4g} is used", stacklevel=2)
     return {(0, 1): k, (0, 0): n // 2 - k, (1, 1): n // 2 - k, (1, 0): k}
 
 
 def sample(people, n, bpc, rng):
-    """n people without replacement at b_Pc, shuffled; bpc=None draws them as they come (natural). rng: numpy Generator.
+    """n people at b_Pc in random order, nobody twice. rng: a numpy Generator.
 
-    Raises InputError when a cell has too few people.
+    bpc None: as they come (natural). InputError when there are too few of a kind.
     """
     if bpc is None:
         if n > len(people):
@@ -183,32 +293,88 @@ def sample(people, n, bpc, rng):
     for (s, y), count in cells(n, bpc).items():
         group = [p for p in people if p.s == s and p.y == y]
         if count > len(group):
-            raise InputError(f"{count} people with sex {SEXES[s]} and label {y} are needed and the data has {len(group)}; "
-                             "ask for fewer rows or another b_Pc.")
+            raise InputError(
+                f"{count} people with sex {SEXES[s]} and label {y} are needed and the "
+                f"data has {len(group)}; ask for fewer rows or another b_Pc.")
         drawn += [group[i] for i in rng.permutation(len(group))[:count]]
     return [drawn[i] for i in rng.permutation(n)]
 
 
 def few_shot(people, shots, bpc, rng, counterbalance=False):
-    """A prompt of `shots` labelled people, instruction first (§2).
+    """A prompt of `shots` labelled people behind the instruction (section 2).
 
-    With `counterbalance` half as many are drawn and each stands there twice, as a man and as a woman, with the same label.
+    With `counterbalance` half as many are drawn, and each stands there twice, as a man
+    and as a woman with the same label: b_Pc of the prompt is 0 (Table 2).
     """
-    drawn = sample(people, shots // 2 if counterbalance else shots, bpc, rng) if shots else []
-    lines = [text(p) + answer(p) for p in drawn]
     if counterbalance:
-        lines = [text(p, sex) + answer(p) for p in drawn for sex in SEXES]
-        lines = [lines[i] for i in rng.permutation(len(lines))]
-    return INSTRUCTION + "".join(line + "\n" for line in lines)
+        drawn = sample(people, shots // 2, bpc, rng)
+        drawn += [flipped(p) for p in drawn]
+        drawn = [drawn[i] for i in rng.permutation(len(drawn))]
+    else:
+        drawn = sample(people, shots, bpc, rng) if shots else []
+    return INSTRUCTION + "".join(shot(p) for p in drawn)
+
+
+class Split(NamedTuple):
+    """One seed's people; see `split`."""
+    train: list
+    validation: list
+    test: list
+    test_bpc: list
+
+
+def split(data, rows, bpc, test_rows, seed):
+    """Draw one seed's people -> Split. Raises InputError.
+
+    train         rows of adult.data at b_Pc
+    validation    100 others of adult.data, balanced: prompts are chosen on them
+    test          of adult.test, balanced: every reported number
+    test_bpc      of adult.test, with the bias of the training rows
+    """
+    import numpy
+    rng = numpy.random.default_rng(seed)
+    train = sample(data.train, rows, bpc, rng)
+    taken = {id(p) for p in train}
+    others = [p for p in data.train if id(p) not in taken]
+    validation = sample(others, 100, 0., rng)
+    test = sample(data.test, test_rows, 0., rng)
+    return Split(train, validation, test, sample(data.test, test_rows, bpc, rng))
+
+
+# ------------------------------------------------------------------ the lesson
+
+def wrapped(text):
+    """Every line of a text folded to the page's width, its own line breaks kept."""
+    return "\n".join(fill(line, 84) for line in text.split("\n"))
+
+
+def lesson():
+    import numpy
+    rng = numpy.random.default_rng(0)
+    data = load(sys.argv[1] if len(sys.argv) > 1 else None)
+    person = data.train[0]
+    print(f"data: {data.source}\n\na row: {fill(', '.join(person.values), 80)}")
+    print(f"\nits text, x_{'mf'[person.s]} of Eq. (3); the next token answers, and "
+          f"{answer(person)!r} is right:\n{wrapped(text(person))}")
+    x_m, x_f = twins(person)
+    assert x_f == x_m.replace("sex Male", "sex Female"), "twins differ in sex alone"
+    print("\na prompt of two people at b_Pc = 1:\n"
+          + wrapped(few_shot(data.train, 2, 1., rng)))
+    print(f"200 people at b_Pc = .5, by (s, y): {cells(200, .5)}")
+    assert base_rates(sample(data.train, 200, .5, rng)) == (.5, 1.), "b_Pc is exact"
+    print("In adult.test every label ends in a full stop. Compared with '>50K', as in "
+          "the\nreleased code, all of them are negatives.")
+    print("\nboth files together        y=0 : y=1   natural b_Pc   paper: x5.23, .1312")
+    for how, as_released in (("labels read correctly", False), ("as released", True)):
+        people = list(data.train)
+        people += [p._replace(y=0) for p in data.test] if as_released else data.test
+        b, ratio = base_rates(people)
+        print(f"{how:<26} x{ratio:<12.2f} {b:.4f}")
+    print("\nnow try: leave sex out of ATTRIBUTES; which check fails, and why?")
 
 
 if __name__ == "__main__":
     try:
-        data = load(sys.argv[1] if len(sys.argv) > 1 else None)
+        lesson()
     except InputError as problem:
         sys.exit(f"adult.py: {problem}")
-    print(f"data: {data.source}, adult.data and adult.test merged")
-    for how, released in (("labels read correctly", False), ("labels compared with '>50K' as the released code does", True)):
-        b, ratio = base_rates([p for name in SHA256 for p in read(data.directory / name, released)])
-        print(f"  {how}: y=0 : y=1 = x{ratio:.2f}, natural b_Pc = {b:.4f}")
-    print("paper: x5.23, b_Pc = 0.1312")

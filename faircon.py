@@ -1,489 +1,577 @@
-"""Section 3: the game of Eq. (3), the prompt tuning of Eq. (4), and the attacks that test what the game claims.
+"""Section 3: a language model that stays fair under the most unfair prompt.
 
-    min over theta   E[ task(theta) ] + lam * E[ || f_theta(g ++ x_m) - f_theta(g ++ x_f) ||_2 ],   g ~ g_phi
-    g_phi      =     argmax over phi of that same gap                                             Eq. (3)
-    min over phi     of that gap, theta frozen                                                    Eq. (4)
+    Eq. (3)   min over theta   task(theta, g) + lam * distance(theta, g)
+              where g = argmax over phi of distance(theta, g_phi)
+    Eq. (4)   min over phi     distance(theta, g_phi), theta frozen
 
-f_theta is the next-token distribution at the answer, theta is LoRA's A and B, phi the logits of a categorical distribution for
-each position of the prompt, x_m and x_f one person's text as a man and as a woman. (The paper prints "min over phi" in
-Eq. (3): a slip.) PAPER vs RELEASED CODE: the released step of the model has no gap in it, and its gap compares raw logits.
+    distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
+
+    f_theta    next-token distribution at the answer               LanguageModel
+    theta      LoRA's A and B                                      lora.theta
+    g_phi      for each token of the prompt g a categorical
+               distribution; phi are its logits                    Adversary
+    x_m, x_f   one person's text as a man and as a woman           adult.twins
+    task       the L of Eq. (3)                                    task
+    the loop   a round: phi attacks, then theta answers            Game.round
+
+PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. "ADMM" (section 3.1) is
+plain alternation; there is no dual variable.
+PAPER vs RELEASED CODE: f_theta is "the output of the LLM"; released, raw logits. Here
+probabilities, so that the distance bounds |p_m - p_f|, the gap of the tables. The
+released step of theta has no distance and no lam in it.
+
+    python faircon.py      # the game on a handful of people, step by step
 """
-import contextlib
-import itertools
 import math
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
 
 import adult
 import lora
+import metrics
 from adult import InputError
-from gumbel import gumbel_softmax
+from gumbel import gumbel_noise, gumbel_softmax
 from swa import SWA
 
+CLEAN = None                                          # the empty prompt
 
-# ---------------------------------------------------------------- f_theta
 
-class Reader:
-    """A model, its tokenizer and the two answer tokens; `__call__` is f_theta."""
+# ------------------------------------------------------------------ f_theta
+
+class LanguageModel:
+    """f_theta: a causal language model, its tokenizer, the two answer tokens.
+
+    This is the definition. beyond/fast.py computes the same numbers (tested, value and
+    gradient) without reading twice what texts share, and is what train.py uses.
+    """
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.tokens, self.flop = model, tokenizer, 0, 0
-        if model.config.model_type != "gpt_neo":
-            raise InputError(f"{type(model).__name__} is not a GPT-Neo, whose blocks with q_proj and v_proj are read and trained here; "
-                             "give one, such as EleutherAI/gpt-neo-125m.")
-        self.blocks, self.last = model.base_model.h, model.base_model.h[-1]
-        self.weights = sum(p.numel() for p in self.blocks.parameters())  # that a token passes, but for `tip` where nobody reads
-        self.tip = sum(p.numel() for n, p in self.last.named_parameters() if "k_proj" not in n and "v_proj" not in n)
-        self.device, self.embed = model.device, model.get_input_embeddings().weight
-        self.context = model.config.max_position_embeddings
-        question = adult.INSTRUCTION + adult.OPENING + "\nlabel:"
-        stem, after = self.ids(question), [self.ids(question + a) for a in (" 0", " 1")]
-        if not stem or any(a[:-1] != stem or len(a) != len(stem) + 1 for a in after):
-            raise InputError('the tokenizer has no single tokens for the answers " 0" and " 1"; use GPT-Neo\'s or tiny/\'s.')
-        self.answers = torch.tensor([a[-1] for a in after], device=self.device)
-        special = set(tokenizer.all_special_ids)
-        words = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), len(self.embed)))])
-        again = tokenizer(words, add_special_tokens=False)["input_ids"]
-        self.usable = [i for i, w in enumerate(words) if i not in special and "\ufffd" not in w and again[i] == [i]]
-        self.mask = torch.full((len(self.embed),), -torch.inf, device=self.device)  # of phi's logits: only text can be a prompt
-        self.mask[self.usable] = 0.
+        self.model, self.tokenizer, self.device = model, tokenizer, model.device
+        self.embed = model.get_input_embeddings().weight                     # (V, D)
+        self.context = getattr(model.config, "max_position_embeddings", math.inf)
+        self.bos = self.beginning()
+        self.answers = torch.tensor(self.answer_tokens(), device=self.device)
+        self.usable = self.usable_tokens()
+        mask = torch.full((len(self.embed),), -torch.inf)
+        mask[self.usable] = 0.                # added to phi's logits: a prompt is text
+        self.mask = mask.to(self.device)
+
+    # ---- text to tokens
 
     def ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """The tokens of a text, a list of ids."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if max(ids, default=0) >= len(self.embed):
+            raise InputError(f"the tokenizer gives token {max(ids)} and the model has "
+                             f"{len(self.embed)} embeddings; resize them, or take the "
+                             "model's own tokenizer.")
+        return ids
+
+    def question(self, text):
+        """The tokens in front of the answer: a tokenizer may part ": 0" as it likes."""
+        return self.ids(text + " 0")[:-1]
 
     def questions(self, people, attributes=adult.ATTRIBUTES):
-        """-> for each person (tokens both twins share, [the man's rest, the woman's rest])."""
-        out = []
-        for p in people:
-            m, f = (self.ids(adult.text(p, s, attributes)) for s in adult.SEXES)
-            k = next((i for i, (a, b) in enumerate(zip(m, f)) if a != b), len(m) - 1)
-            out.append((m[:k], (m[k:], f[k:])))
-        return out
+        """-> for each person the tokens of x_m and of x_f."""
+        questions = []
+        for person in people:
+            texts = adult.twins(person, attributes)
+            questions.append([self.question(text) for text in texts])
+        return questions
 
-    def prefix(self, g=None, context=adult.INSTRUCTION):
-        """Embeddings (P, D) of what stands before the question: the prompt g, a line break, and the instruction or shots.
+    def beginning(self):
+        """What the tokenizer puts before any text (BOS), if anything."""
+        bare = self.tokenizer.encode("label", add_special_tokens=False)
+        full = self.tokenizer.encode("label")
+        return full[:full.index(bare[0])] if bare and bare[0] in full else []
 
-        g: token ids, or one-hot rows (L, V) that carry a gradient."""
-        rows = [self.embed[torch.tensor(self.ids(context), device=self.device)]]
-        if g is not None:
-            g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[list(g)]
-            rows = [g, self.embed[self.ids("\n")]] + rows
-        return torch.cat(rows)
+    def answer_tokens(self):
+        """The two tokens that answer a question; InputError if there are none."""
+        text = f"{adult.OPENING} sex Male\nlabel:"
+        no, yes = self.ids(text + " 0"), self.ids(text + " 1")
+        apart = self.ids("x") + self.ids("\n") + self.ids(adult.INSTRUCTION) + no
+        if no[:-1] != yes[:-1] or no[-1:] == yes[-1:] or len(no) < 2:
+            raise InputError('the tokenizer has no single tokens for " 0" and " 1" '
+                             "after label:; use another model, such as GPT-Neo.")
+        if apart != self.ids("x\n" + adult.INSTRUCTION + text + " 0"):
+            raise InputError("the tokenizer splits a prompt and its question otherwise "
+                             "than the two apart; use another model, such as GPT-Neo.")
+        return [no[-1], yes[-1]]
+
+    def usable_tokens(self):
+        """The tokens that come back when decoded and encoded again: text."""
+        every = range(min(len(self.tokenizer), len(self.embed)))
+        words = self.tokenizer.batch_decode([[i] for i in every])
+        again = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+        special = set(self.tokenizer.all_special_ids)
+        usable = []
+        for i in every:
+            if again[i] == [i] and i not in special and "\ufffd" not in words[i]:
+                usable.append(i)
+        if not usable:
+            raise InputError("no token of this tokenizer survives decoding and "
+                             "encoding: no prompt can be searched; use another model.")
+        return usable
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    # ---- the forward pass
+
+    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, behind=False):
+        """Embeddings (P, D) of what stands before the question: g, then the context.
+
+        g: CLEAN, token ids, or one-hot rows (L, V) that carry a gradient.
+        behind: the context first, then g.
+        """
+        context = self.embed[self.ids(context)]
+        bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
+        if g is CLEAN:
+            return torch.cat([bos, context])
+        g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[g]
+        g = torch.cat([g, self.embed[self.ids("\n")]])
+        return torch.cat([bos, context, g] if behind else [bos, g, context])
 
     def __call__(self, prefix, questions):
-        """f_theta: the logits at the answer, float32, (2, B, V); twin 0 is the man. Raises InputError beyond the context.
+        """-> float32 logits (2, B, V) at the answer; twin 0 is the man. InputError."""
+        self.check_length(len(prefix), questions)
+        texts = []
+        for s in (0, 1):
+            for twins in questions:
+                texts.append(torch.cat([prefix, self.embed[twins[s]]]))      # (T, D)
+        last = torch.tensor([len(x) - 1 for x in texts], device=self.device)
+        x = pad_sequence(texts, batch_first=True)      # (2B, T, D), padded at the end
+        logits = self.model(inputs_embeds=x, use_cache=False).logits     # (2B, T, V)
+        logits = logits[torch.arange(len(x), device=self.device), last]      # (2B, V)
+        return logits.float().view(2, len(questions), -1)
 
-        Exactly what the plain forward pass of every whole text gives (tested), value and gradient, but what everybody shares is found
-        by `share` and computed by `read` once for everybody, what two twins share by `answer` once for both, and of the last block
-        `hidden` computes only what is read.
-        """
-        prefix, questions = self.share(prefix, questions)
-        return self.answer(self.read(prefix), questions)
-
-    def share(self, prefix, questions):
-        """Move what all questions begin with to the end of the prefix -> prefix (P, D), questions."""
-        longest = len(prefix) + max(len(head) + len(rest) for head, rests in questions for rest in rests)
+    def check_length(self, before, questions):
+        """InputError when a text would be longer than the model's context."""
+        longest = before
+        for twins in questions:
+            longest = max(longest, before + max(map(len, twins)))
         if longest > self.context:
-            raise InputError(f"prompt and question are {longest} tokens and the model's context is {self.context}; "
-                             "use a shorter prompt or fewer shots.")
-        columns = zip(*(head[:-1] for head, _ in questions))  # a head keeps a token
-        same = [c[0] for c in itertools.takewhile(lambda c: len(set(c)) == 1, columns)]
-        prefix = torch.cat([prefix, self.embed[torch.tensor(same, dtype=torch.long, device=self.device)]])
-        return prefix, [(head[len(same):], rests) for head, rests in questions]
+            raise InputError(f"prompt and question are {longest} tokens and the "
+                             f"model's context is {self.context}; use a shorter prompt "
+                             "(--prompt-length) or fewer shots (--shots).")
 
-    def read(self, prefix):
-        """Keys and values of a prefix (P, D)."""
-        past = DynamicCache()
-        self.hidden(prefix[None], past)
-        self.count(len(prefix))
-        return past
+    @torch.no_grad()
+    def predict(self, questions, g=CLEAN, context=adult.INSTRUCTION, batch=64):
+        """-> P(y=1 | y is 0 or 1) of each person as a man and as a woman, (N, 2).
 
-    def answer(self, past, questions):
-        """`__call__` behind a prefix that has been read.
-
-        Twins part where the shortest shared part of the batch ends: so nothing but the end of the rest is padded, where causal
-        attention does not look. Keys and values are expanded, not detached: the gradient is exact too.
+        InputError when the model gives numbers that are none.
         """
-        B, k = len(questions), min(len(q[0]) for q in questions)
-        head = torch.tensor([q[0][:k] for q in questions], device=self.device)  # (B, k)
-        tail, t = pad([q[0][k:] + q[1][s] for s in (0, 1) for q in questions], self.device)  # (2B, T), (2B,)
-        self.count(head.numel() + int(t.sum()), 2 * B)
-        past = copy(past, lambda x: x.expand(B, -1, -1, -1))
-        self.hidden(self.embed[head], past)
-        past = copy(past, lambda x: torch.cat([x, x]))
-        last = self.hidden(self.embed[tail], past, t - 1)  # (2B, D)
-        return self.model.get_output_embeddings()(last).float().view(2, B, -1)
+        prefix, parts = self.prefix(g, context), []
+        for i in range(0, len(questions), batch):
+            logits = self(prefix, questions[i:i + batch])
+            parts.append(self.p_yes(logits).T)                               # (B, 2)
+        return self.finite(torch.cat(parts))
 
-    def hidden(self, x, past, at=None):
-        """The last hidden states (N, D) at the positions `at` (N,) of embeddings x (N, T, D); keys and values join those in `past`.
+    def p_yes(self, logits):
+        """P(y=1 | y is 0 or 1); logits (..., V) -> (...)."""
+        return logits[..., self.answers].softmax(-1)[..., 1]
 
-        GPT-Neo's own blocks, but for the last: of that, where nobody reads, keys and values alone.
-        """
-        neo, block, P, N = self.model.base_model, self.last, past.get_seq_length(), torch.arange(len(x), device=self.device)
-        x = neo.drop(x + neo.wpe.weight[P:P + x.shape[1]])
-        for other in self.blocks[:-1]:
-            x, _ = other(x, past)
-        a, h = block.attn.attention, block.ln_1(x)
-        heads = lambda z: z.unflatten(-1, (a.num_heads, -1)).transpose(1, 2)  # (N, T, D) -> (N, H, T, d)
-        k, v = past.update(heads(a.k_proj(h)), heads(a.v_proj(h)), a.layer_id)
-        if at is None:
-            return None
-        q, sees = heads(a.q_proj(h[N, at][:, None])), a.bias[0, 0, P + at, :k.shape[2]]  # (N, H, 1, d), (N, P + T)
-        weights = (q.float() @ k.float().mT).masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
-        x = x[N, at] + a.out_proj((weights.to(v.dtype) @ v).flatten(1))
-        return neo.ln_f(x + block.mlp(block.ln_2(x)))
-
-    def count(self, tokens, read=0):
-        """Tokens and FLOP of a forward pass that is `read` at so many positions; backward, weights frozen, costs the same."""
-        self.tokens += tokens
-        flop = tokens * (self.weights - self.tip) + read * (self.tip + self.embed.numel())
-        self.flop += 2 * flop * (2 if torch.is_grad_enabled() else 1)
+    def finite(self, p):
+        if not p.isfinite().all():
+            raise InputError("the model's answers are not finite numbers (NaN); its "
+                             "weights are damaged, or need --dtype float32.")
+        return p.double().cpu().numpy()
 
     @torch.no_grad()
     def write(self, n, length, generator):
-        """n texts of `length` tokens that the model itself writes after the instruction -> ids (n, length), a list of lists."""
-        x, past, g = self.prefix().expand(n, -1, -1), DynamicCache(), []
+        """n texts of `length` tokens, written by the model itself -> ids, n lists."""
+        x = self.prefix().expand(n, -1, -1)
+        texts = []
         for _ in range(length):
-            last = self.hidden(x, past, torch.full((n,), x.shape[1] - 1, device=self.device))
-            self.count(n * x.shape[1], n)
-            logits = self.model.get_output_embeddings()(last).float() + self.mask
-            g.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(self.device))  # (n, 1)
-            x = self.embed[g[-1]]
-        return torch.cat(g, 1).tolist()
+            logits = self.model(inputs_embeds=x, use_cache=False).logits[:, -1]
+            texts.append(self.draw(logits, generator))                       # (n, 1)
+            x = torch.cat([x, self.embed[texts[-1]]], 1)
+        return torch.cat(texts, 1).tolist()
 
-    @torch.no_grad()
-    def predict(self, questions, g=None, context=adult.INSTRUCTION, batch=64):
-        """P(y=1 | y is 0 or 1) for each person as a man and as a woman (N, 2), and the two answers' joint probability."""
-        prefix, questions = self.share(self.prefix(g, context), questions)
-        past, p, mass = self.read(prefix), numpy.zeros((len(questions), 2)), []
-        one = 2 * self.model.config.num_hidden_layers * self.embed.shape[1]  # numbers in the keys and values of one position
-        most = min(4096, 2 ** 27 // one) * (1 if self.device.type == "cpu" else 16)  # positions: each person copies the prefix, thrice
-        batch = max(1, min(batch, most // len(prefix)))
-        by_length = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
-        for part in (by_length[i:i + batch] for i in range(0, len(questions), batch)):
-            q = self.answer(past, [questions[i] for i in part]).softmax(-1)[..., self.answers]  # (2, B, 2)
-            p[part] = (q[..., 1] / q.sum(-1)).T.double().cpu().numpy()
-            mass.append(q.sum(-1).mean(0).cpu())
-        return p, float(torch.cat(mass).mean())
+    def draw(self, logits, generator):
+        """One usable token for each row of logits (n, V) -> (n, 1)."""
+        p = (logits.float() + self.mask).softmax(-1).cpu()
+        return torch.multinomial(p, 1, generator=generator).to(self.device)
 
 
-def pad(rows, device):
-    """Right padding -> ids (N, longest), lengths (N,)."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device), lengths
+# ------------------------------------------------------------------ the two terms
+
+def task(logits, people, answers):
+    """L of Eq. (3): cross-entropy of the answer, off the twin that is the person."""
+    s = torch.tensor([p.s for p in people], device=logits.device)
+    y = torch.tensor([p.y for p in people], device=logits.device)
+    own = logits[s, torch.arange(len(people), device=logits.device)]         # (B, V)
+    return F.cross_entropy(own, answers[y])
 
 
-def copy(cache, change):
-    """A fresh cache with `change` applied to all keys and values: a used one would be altered by the next forward pass."""
-    fresh = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        fresh.update(change(layer.keys), change(layer.values), i)
-    return fresh
+def distance(logits):
+    """Mean over people of || f(g, x_m) - f(g, x_f) ||_2, Eq. (3); logits (2, B, V).
 
-
-def gap(logits):
-    """The fairness term of Eq. (3): mean over people of || f(g ++ x_m) - f(g ++ x_f) ||_2, unsquared; logits (2, B, V)."""
+    1e-8 keeps the root differentiable where twins agree.
+    """
     p = logits.softmax(-1)
     return ((p[0] - p[1]).pow(2).sum(-1) + 1e-8).sqrt().mean()
 
 
-def task(logits, people, answers, both=False):
-    """Cross-entropy of the right answer, read off the twin that is the person; with `both`, off both twins (CDA)."""
-    s, y = (torch.tensor(z, device=logits.device) for z in ([p.s for p in people], [p.y for p in people]))
-    own = logits[s, torch.arange(len(people), device=logits.device)]
-    return torch.stack([F.cross_entropy(z, answers[y]) for z in (logits if both else [own])]).mean()
+def measure(model, people, g=CLEAN, context=adult.INSTRUCTION,
+            attributes=adult.ATTRIBUTES):
+    """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
+    p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
+    return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
 
 
-# ---------------------------------------------------------------- the game
-
-THREE = 3  # prompts of a step of theta, see Game.prompts
-
+# ------------------------------------------------------------------ phi
 
 @dataclass
 class Options:
-    """Everything the game can be told; train.py's --help explains each, but for what its --ablation alone changes."""
-    lam: float = 1.
-    prompts: str = "adversarial"  # what stands in front in the model's step, see Game.prompts: adversarial | random | none
-    cda: bool = False
-    attributes: tuple = adult.ATTRIBUTES
-    rounds: int = 12
-    batch_size: int = 10
-    lr: float = 1e-3
-    prompt_length: int = 80
-    phi_steps: int = 8
-    phi_lr: float = .3
-    phi_eps: float = 1e-16
-    starts: str = "written"  # where phi begins each round: written (by the model) | noise
-    shrink: float = .3
-    restarts: int = 3
-    tau: float = 1.
-    warm_up: float = .3
-    swa: float = .4
-    swa_phi: bool = False
-    pool: int = 8
-    cut: bool = True  # past prompts, to a random length
-    sign: int = 1  # of the adversary: +1 maximises the gap, Eq. (3); -1 minimises it, Eq. (4)
-    history: list = field(default_factory=list)
+    """The game's settings; in brackets what the paper, else its released code, has."""
+    lam: float = 1.                # weight of the distance in Eq. (3)
+    rounds: int = 12               # rounds of the game, each a pass over the rows  [10]
+    batch_size: int = 10           # people in a step of theta and of phi            [9]
+    lr: float = 1e-3               # AdamW's, for theta                           [5e-4]
+    prompt_length: int = 560       # tokens of g                                    [10]
+    adversaries: int = 4           # distributions g_phi side by side                [1]
+    phi_steps: int = 2             # steps of each adversary in a round
+    phi_lr: float = .3             # Adam's, for phi                               [0.1]
+    phi_eps: float = 1e-16         # Adam's, for phi                              [1e-8]
+    tau: float = 1.                # temperature of Gumbel-softmax                   [1]
+    starts: str = "texts"          # where phi begins, see Game.start_phi      ["noise"]
+    two_sided: bool = True         # see Adversary.unfairness                   [False]
+    behind: bool = True            # g also stands behind the instruction       [False]
+    cut: bool = True               # theta meets prompts cut to random lengths   [False]
+    clean: bool = True             # theta also answers without any prompt       [False]
+    swa: float = .4                # last share of theta's steps that SWA averages
+    dropout: float = 0.            # on LoRA's input; it fakes a gap              [0.01]
 
 
 class Adversary:
-    """g_phi: for each of L positions a categorical distribution over the tokens. `phi`: the logits (L, V) of each of R restarts."""
+    """g_phi: for each of L positions a categorical distribution over V tokens.
 
-    def __init__(self, reader, o, generator):
-        self.reader, self.o, self.generator = reader, o, generator
-        self.renew(.2 * torch.randn(o.restarts, o.prompt_length, len(reader.mask), generator=generator))
+    sign: +1 makes the prompt unfair, Eq. (3); -1 makes it fair, Eq. (4).
+    side: +1 or -1, whom a two-sided adversary favours: men or women.
+    """
 
-    def renew(self, phi):
-        """Begin at `phi`, R times (L, V), each restart with an Adam of its own.
-        Straight-through gradients on 50,000 logits are 1e-6 and smaller: with Adam's usual eps of 1e-8 nothing moves."""
-        self.phi = [p.detach().to(self.reader.device).clone().requires_grad_() for p in phi]
-        self.optimisers = [torch.optim.Adam([p], lr=self.o.phi_lr, eps=self.o.phi_eps) for p in self.phi]
+    def __init__(self, model, options, generator, sign=1, side=1):
+        self.model, self.options, self.generator = model, options, generator
+        self.sign, self.side = sign, side
+        self.start(self.noise(options.prompt_length))
 
-    def around(self, prompts, odds=14.):
-        """phi (R, L, V) that draws each token of R prompts with these odds (14 to 1: .93), else any other usable one."""
-        own = F.one_hot(torch.tensor(prompts), len(self.reader.mask)).to(self.reader.device)
-        noise = .2 * torch.randn(own.shape, generator=self.generator).to(own.device)
-        return noise + math.log(odds * len(self.reader.usable)) * own
+    def noise(self, length):
+        """phi that prefers no token: standard normal, as in the released code."""
+        return torch.randn(length, len(self.model.embed), generator=self.generator)
 
-    def draw(self, restart):
-        """One prompt, one-hot (L, V), differentiable in phi; the SAME one is put before both twins."""
-        noise = -torch.empty(self.phi[restart].shape).exponential_(generator=self.generator).log().to(self.reader.device)
-        return gumbel_softmax(self.phi[restart] + self.reader.mask, self.o.tau, noise=noise)
+    def start(self, phi):
+        """Begin at phi (L, V), with a fresh Adam.
 
-    def step(self, questions, restart):
-        """One step of phi, theta frozen -> gap before it. The gradient is asked for phi alone."""
-        phi, loss = self.phi[restart], gap(self.reader(self.reader.prefix(self.draw(restart)), questions))
-        phi.grad, = torch.autograd.grad(-self.o.sign * loss, phi)
-        all_reduce([phi.grad])
-        self.optimisers[restart].step()
-        return loss.item()
+        Straight-through gradients on 50,000 logits are 1e-6 and smaller: beside Adam's
+        usual eps of 1e-8 some hardly move, hence `phi_eps`.
+        """
+        self.phi = phi.to(self.model.device).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr,
+                                          eps=self.options.phi_eps)
 
-    def ids(self, restart):
-        return self.draw(restart).argmax(-1).tolist()
+    def start_around(self, text, kept=.93):
+        """Begin at phi whose samples keep each token of a text with probability .93."""
+        V = len(self.model.usable)
+        own = F.one_hot(torch.tensor(text), len(self.model.embed))           # (L, V)
+        odds = kept / (1 - kept)
+        self.start(.2 * self.noise(len(text)) + math.log(odds * V) * own)
+
+    def sample(self):
+        """A prompt, one-hot (L, V), differentiable in phi; both twins get the SAME."""
+        noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
+        return gumbel_softmax(self.phi + self.model.mask, self.options.tau, noise=noise)
+
+    def sample_ids(self):
+        return self.sample().argmax(-1).tolist()
+
+    def unfairness(self, logits):
+        """What phi raises; logits (2, B, V).
+
+        The distance of Eq. (3). NOT IN THE PAPER: two-sided, p_m - p_f by one adversary
+        and p_f - p_m by the next. The distance has no sign: in a model that leans
+        towards men every adversary would look for more of that, and theta would never
+        meet a prompt that favours women.
+        """
+        if not self.options.two_sided:
+            return distance(logits)
+        p = self.model.p_yes(logits)                                         # (2, B)
+        return self.side * (p[0] - p[1]).mean()
+
+    def step(self, questions, behind=False):
+        """phi's step, theta frozen: more unfair -> the distance before it."""
+        prefix = self.model.prefix(self.sample(), behind=behind)
+        logits = self.model(prefix, questions)
+        loss = -self.sign * self.unfairness(logits)
+        gradient, = torch.autograd.grad(loss, self.phi)
+        self.phi.grad = average_over_processes(gradient)
+        self.optimiser.step()
+        return distance(logits).item()
 
 
-def all_reduce(gradients):
-    """Mean over processes, when there are several (torchrun): each saw its own share of the rows."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for g in gradients:
-            torch.distributed.all_reduce(g)
-            g /= torch.distributed.get_world_size()
-
-
-def mine(rows):
-    """This process's share of a batch."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return rows[torch.distributed.get_rank()::torch.distributed.get_world_size()]
-    return rows
-
+# ------------------------------------------------------------------ the game, Eq. (3)
 
 class Game:
-    """Eq. (3): `round` alternates phi (attack the model as it is) and theta (answer the task, close the gap)."""
+    """The alternating loop of section 3.1 (Figure 2)."""
 
-    def __init__(self, reader, people, validation, o, seed, clock=lambda phase: contextlib.nullcontext()):
-        self.reader, self.people, self.o, self.clock, self.done = reader, people, o, clock, 0
-        self.rng, self.generator = numpy.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        self.questions = reader.questions(people, o.attributes)
-        self.validation = reader.questions(validation, o.attributes)
-        self.adversary = Adversary(reader, o, self.generator)
-        self.theta = lora.theta(reader.model)
-        self.optimiser = torch.optim.AdamW(self.theta, lr=o.lr, weight_decay=0.) if self.theta else None
-        self.swa, self.pool = SWA(self.theta), []
+    def __init__(self, model, people, options, seed, sign=1):
+        if not options.clean and options.adversaries == 0:
+            raise InputError("theta would meet no prompt at all; set clean=true, or at "
+                             "least one adversary.")
+        self.model, self.people, self.options = model, people, options
+        self.questions = model.questions(people)
+        self.done = 0                                                 # rounds played
+        self.rng = numpy.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.adversaries = []
+        for k in range(options.adversaries):
+            side = 1 if k % 2 == 0 else -1
+            self.adversaries.append(
+                Adversary(model, options, self.generator, sign, side))
+        self.theta = lora.theta(model.model)
+        self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
+        self.swa = SWA(self.theta)
 
-    def round(self, theta=True):
-        """phi's half, then theta's: one pass over the people (with `theta` False phi's alone, Eq. (4)) -> what happened."""
-        o, losses, record = self.o, [], {"round": self.done}
-        if o.prompts == "adversarial":
-            with self.clock("phi"), lora.merged(self.reader.model):
-                record["attack"] = self.attack()
-        steps = math.ceil(len(self.people) / o.batch_size) if theta else 0
-        with self.clock("theta"):
-            for k, rows in enumerate(itertools.islice(self.batches(), steps)):
-                progress = (self.done + k / steps) / o.rounds
-                lam = o.lam * min(1., max(0., (progress - o.warm_up) / .2))  # the task first, then the ramp
-                losses.append(self.model_step(rows, lam))
-                if progress >= 1 - o.swa:
-                    self.swa.update()
-        if losses:
-            record.update(zip(("task", "gap"), numpy.mean(losses, 0).tolist()))
+    def round(self):
+        """phi's half, then theta's: one pass over the people -> what happened."""
+        with lora.merged(self.model.model):              # theta is not trained here
+            found = self.phi_half()
+        seen = [self.theta_step(batch) for batch in self.batches()]
         self.done += 1
-        o.history.append(record)
-        return record
+        t, d = numpy.mean(seen, 0).tolist()
+        return {"round": self.done, "phi": found, "task": t, "distance": d}
 
-    def batches(self):
-        """Rows, a batch at a time, pass after pass, in random order; but each four batches are sorted by length, or much is padded."""
-        b = self.o.batch_size
-        while True:
-            order = self.rng.permutation(len(self.people))
-            for window in (order[i:i + 4 * b] for i in range(0, len(order), 4 * b)):
-                window = sorted(window, key=lambda i: len(self.questions[i][0]))
-                batches = [mine(window[i:i + b]) for i in range(0, len(window), b)]
-                yield from (batches[i] for i in self.rng.permutation(len(batches)))
+    def phi_half(self):
+        """g = argmax over phi of the distance -> [at phi's first step, at its last]."""
+        self.start_phi()
+        first, last = [], []
+        for adversary in self.adversaries:
+            seen = []
+            for batch in self.batches(self.options.phi_steps):
+                questions = [self.questions[i] for i in batch]
+                seen.append(adversary.step(questions, self.place()))
+            first += seen[:1]
+            last += seen[-1:]
+        return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
 
-    def attack(self):
-        """phi's half of a round -> worst gap found. The best prompt of this round joins the pool of past ones.
+    def start_phi(self):
+        """Where phi begins in this round.
 
-        A collapsed distribution cannot follow a moving model. So each round begins anew around cuttings of texts that the model
-        itself writes: random tokens never look like the text it has learned to follow. (starts="noise": phi towards uniform.)
+        "noise": at random in the first round, then it goes on where it was, as in the
+        paper. "texts": anew in every round, since a distribution that has settled
+        cannot follow a moving model, and around texts, since random tokens look like
+        nothing that a model has learned to follow. One half of the adversaries begin
+        at labelled training rows, section 2's unfair few-shot prompts, the other at
+        texts that the model itself writes, section 4's proposal ("we can however
+        replace the categorical distribution to another LLM").
         """
-        o, found, dropout = self.o, [], self.reader.model.training
-        self.reader.model.eval()  # two masks of dropout would fake a gap
-        if o.starts == "written":
-            at = int(torch.randint(o.prompt_length + 1, (), generator=self.generator))
-            texts = self.reader.write(o.restarts, 2 * o.prompt_length, self.generator)
-            self.adversary.renew(self.adversary.around([g[at:at + o.prompt_length] for g in texts]))
-        else:
-            self.adversary.renew([p * o.shrink for p in self.adversary.phi])
-        for restart in range(o.restarts):
-            average = SWA([self.adversary.phi[restart]])  # what the released code averages: used in --ablation alone
-            for rows in itertools.islice(self.batches(), o.phi_steps):
-                self.adversary.step([self.questions[i] for i in rows], restart)
-                if o.swa_phi:
-                    average.update()
-            if o.swa_phi:
-                average.apply()
-            found += [self.adversary.ids(restart) for _ in range(2)]
-        best = max((o.sign * score(self.reader, g, self.validation), g) for g in found)
-        self.pool = (self.pool + [best[1]])[-o.pool:]
-        self.reader.model.train(dropout)
-        return o.sign * best[0]
+        n, length = len(self.adversaries), self.options.prompt_length
+        if self.options.starts == "noise" or n == 0:
+            return
+        rows = [self.unfair_rows(a.side, length) for a in self.adversaries[:n // 2]]
+        texts = rows + self.model.write(n - n // 2, length, self.generator)
+        for adversary, text in zip(self.adversaries, texts):
+            adversary.start_around(text)
+
+    def unfair_rows(self, side, length):
+        """`length` tokens of labelled training rows at b_Pc = side, +1 or -1.
+
+        Each row stands there as the sex that makes its label unfair.
+        """
+        ids = []
+        while len(ids) < length:
+            person = self.people[self.rng.integers(len(self.people))]
+            if side == (1 if person.s == person.y else -1):
+                person = adult.flipped(person)
+            ids += self.model.ids(adult.shot(person))
+        return ids[:length]
+
+    def place(self):
+        """Whether a prompt stands behind the instruction, as half of them do."""
+        return self.options.behind and bool(self.rng.random() < .5)
 
     def prompts(self):
-        """The prompts of one step of the model: none ("no prompt" is one draw of g), the adversary's as it is, a past worst one,
-        cut to a random length."""
-        def random_tokens():
-            return [self.reader.usable[i] for i in self.rng.integers(len(self.reader.usable), size=self.o.prompt_length)]
-        if self.o.prompts == "none":
-            return [None]
-        if self.o.prompts == "random":
-            return [None, random_tokens(), random_tokens()]
-        past = self.pool[self.rng.integers(len(self.pool))]
-        if self.o.cut:
-            past = past[-int(self.rng.integers(1, len(past) + 1)):]  # prompts come in all lengths
-        return [None, self.adversary.ids(int(self.rng.integers(self.o.restarts))), past]
+        """What stands in front in one step of theta.
 
-    def loss(self, rows, g):
-        """Both terms of Eq. (3) on some people under a prompt (None: the clean one) -> task, gap."""
-        questions = [self.questions[i] for i in rows]
-        logits = self.reader(self.reader.prefix(g), questions)
-        return task(logits, [self.people[i] for i in rows], self.reader.answers, self.o.cda), gap(logits)
-
-    def model_step(self, rows, lam):
-        """theta's half: one step on a batch -> (task, gap) before it.
-
-        The task is averaged over the prompts, and the gap of each weighs lam; THREE always, so that lam means the same
-        where all three are none and are computed once. A backward pass for each prompt: one graph in memory at a time.
+        A sample of an adversary and, NOT IN THE PAPER, nothing: the prompt most used
+        when the model is, and one that g_phi might draw too.
         """
-        seen, prompts = torch.zeros(2, device=self.reader.device), self.prompts()
+        prompts = [CLEAN] if self.options.clean else []
+        if self.adversaries:
+            chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
+            g = chosen.sample_ids()
+            if self.options.cut:                     # fair behind any length, not one
+                g = g[-self.rng.integers(1, len(g) + 1):]
+            prompts.append(g)
+        return prompts
+
+    def theta_step(self, batch):
+        """theta's step down Eq. (3), phi frozen -> task and distance before it."""
+        people = [self.people[i] for i in batch]
+        questions = [self.questions[i] for i in batch]
+        prompts = self.prompts()
+        seen = torch.zeros(2)
+        lora.train(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            t, d = self.loss(rows, g)
-            ((t + lam * THREE * d if lam else t) / len(prompts)).backward()
-            seen += torch.stack([t, d]).detach() / len(prompts)
-        all_reduce([p.grad for p in self.theta] + [seen])
-        if not torch.isfinite(seen).all():
-            raise InputError(f"the loss is not finite in round {self.done + 1}; the learning rate ({self.o.lr}) or lam "
-                             f"({self.o.lam}) is likely too high: lower it.")
+            prefix = self.model.prefix(g, behind=self.place())
+            logits = self.model(prefix, questions)                           # (2, B, V)
+            t = task(logits, people, self.model.answers)
+            d = distance(logits)
+            loss = t + self.options.lam * d                                  # Eq. (3)
+            (loss / len(prompts)).backward()                 # one graph at a time
+            seen += torch.stack([t, d]).detach().cpu() / len(prompts)
+        lora.train(self.model.model, False)
+        seen = average_over_processes(seen)
+        if not seen.isfinite().all():
+            raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
+                             f"lr ({self.options.lr}) or lam ({self.options.lam}).")
+        for p in self.theta:
+            p.grad = average_over_processes(p.grad)
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
+        before = round((1 - self.options.swa) * self.options.rounds, 6)
+        if self.done >= before:
+            self.swa.update()                                # section 4.2
         return seen.tolist()
 
+    def batches(self, n=None):
+        """One pass over the people in random order, or n batches, pass after pass."""
+        size, batches = self.options.batch_size, []
+        while n is None or len(batches) < n:
+            order = self.rng.permutation(len(self.people))
+            for i in range(0, len(order), size):
+                batches.append(mine(order[i:i + size]))
+            if n is None:
+                break
+        return batches[:n]
+
     def state(self):
-        """Everything a resumed game needs to go on bit for bit."""
-        return {"theta": [p.detach() for p in self.theta], "optimiser": self.optimiser.state_dict(), "pool": self.pool,
-                "phi": [p.detach() for p in self.adversary.phi], "swa": (self.swa.average, self.swa.n), "done": self.done,
-                "rng": self.rng.bit_generator.state, "generator": self.generator.get_state(), "dropout": torch.get_rng_state(),
-                "history": self.o.history}
+        """What a resumed game needs to go on bit for bit: tensors, numbers, strings.
+
+        Live ones: save them before the game goes on.
+        """
+        adversaries = []
+        if self.options.starts == "noise":
+            for adversary in self.adversaries:
+                adversaries.append({"phi": adversary.phi.detach(),
+                                    "optimiser": adversary.optimiser.state_dict()})
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"done": self.done, "theta": [p.detach() for p in self.theta],
+                "optimiser": self.optimiser.state_dict(), "adversaries": adversaries,
+                "swa": (self.swa.average, self.swa.n),
+                "rng": self.rng.bit_generator.state, "cuda": cuda,
+                "generator": self.generator.get_state(), "torch": torch.get_rng_state()}
 
     def restore(self, state):
-        """Undo `state`."""
-        for p, w in zip(self.theta, state["theta"]):
-            p.data.copy_(w)
+        """Go on where `state` was taken."""
+        for p, saved in zip(self.theta, state["theta"]):
+            p.data.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.adversary.renew(state["phi"])
-        self.pool, self.done = state["pool"], state["done"]
-        self.swa.average, self.swa.n = state["swa"]
+        for adversary, saved in zip(self.adversaries, state["adversaries"]):
+            adversary.start(saved["phi"])
+            adversary.optimiser.load_state_dict(saved["optimiser"])
+        self.done = state["done"]
+        average, self.swa.n = state["swa"]
+        self.swa.average = [a.to(self.model.device) for a in average]
         self.rng.bit_generator.state = state["rng"]
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["dropout"])
-        self.o.history[:] = state["history"]
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# ---------------------------------------------------------------- attacks on the finished model
+# ---- several processes (torchrun): each takes its share of every batch
 
-def score(reader, g, questions):
-    """Counterfactual gap under a prompt: mean |p_m - p_f|."""
-    p, _ = reader.predict(questions, g)
-    return float(abs(p[:, 0] - p[:, 1]).mean())
+def several_processes():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def survives(reader, g):
-    """Whether a prompt is text: decoded and encoded again, in its place, it is the same tokens."""
-    rest = "\n" + adult.INSTRUCTION
-    return reader.ids(reader.tokenizer.decode(g) + rest) == list(g) + reader.ids("\n") + reader.ids(adult.INSTRUCTION)
+def mine(batch):
+    """This process's share of a batch."""
+    if several_processes():
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return batch[rank::size]
+    return batch
 
 
-def random_prompt(reader, length, rng):
-    """Usable tokens at random, until they survive decode -> encode."""
-    g = []
-    while len(g) < length:  # grown token by token: a whole random string seldom survives
-        g.append(reader.usable[rng.integers(len(reader.usable))])
-        if not survives(reader, g):
-            g.pop()
-    return g
+def average_over_processes(tensor):
+    if several_processes():
+        tensor = tensor.contiguous()
+        torch.distributed.all_reduce(tensor)
+        tensor /= torch.distributed.get_world_size()
+    return tensor
 
 
-def random_search(reader, questions, length, budget, rng):
-    """NOT IN THE PAPER: the best of `budget` random prompts -> (gap, prompt)."""
-    return max((score(reader, g, questions), g) for g in (random_prompt(reader, length, rng) for _ in range(budget)))
+# ------------------------------------------------------------------ the lesson
+
+def show_people(model, people):
+    """One question as text, and what the model answers to a few people and twins."""
+    print(f"x_m:\n{textwrap.fill(adult.twins(people[0])[0], 84)}")
+    print('x_f: the same with "sex Female". The next token answers: " 0" or " 1".\n')
+    print("    person                     y     p as a man     p as a woman")
+    for person, (p_m, p_f) in zip(people[:4], model.predict(model.questions(people))):
+        values = dict(zip(adult.COLUMNS, person.values))
+        who = f"{values['sex']}, {values['age']}, {values['education']}"
+        print(f"    {who:<26} {person.y} {p_m:12.3f} {p_f:16.3f}")
 
 
-def written_search(reader, questions, length, budget, rng):
-    """NOT IN THE PAPER: the best of `budget` prompts that the attacked model writes itself -> (gap, prompt)."""
-    texts = reader.write(budget, length, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    texts = [g for g in texts if survives(reader, g)] or [random_prompt(reader, length, rng)]
-    return max((score(reader, g, questions), g) for g in texts)
+def lesson():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LanguageModel(AutoModelForCausalLM.from_pretrained(adult.TINY).eval(),
+                          AutoTokenizer.from_pretrained(adult.TINY))
+    data = adult.load(adult.TINY)
+    rng = numpy.random.default_rng(0)
+    people = adult.sample(data.train, 40, .5, rng)
+    test = adult.sample(data.test, 40, 0., rng)
+    show_people(model, people)
+
+    options = Options(rounds=4, prompt_length=30, phi_steps=3, phi_lr=1., lr=3e-3)
+    climb_once(model, people, options)
+    gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
+    assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
+    print("\nnow try: lam = 0.1; then clean=False. Which leaves a larger gap?")
 
 
-def gumbel_attack(reader, questions, length, budget, rng):
-    """NOT IN THE PAPER: a fresh adversary against the frozen model -> (gap, prompt). A step costs about three forward passes.
+def climb_once(model, people, options):
+    """One adversary at noise, 18 steps up; then one step of theta behind its prompt."""
+    print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
+    lora.inject(model.model)
+    game = Game(model, people, replace(options, starts="noise", prompt_length=10), 0)
+    adversary, questions, seen = game.adversaries[0], game.questions[:20], []
+    for step in range(18):
+        seen.append(adversary.step(questions))
+        if step % 6 == 0 or step == 17:
+            text = model.decode(adversary.sample_ids())
+            print(f"    step {step:<3} distance {seen[-1]:.3f}   g = {text[:44]!r}")
+    assert numpy.mean(seen[-5:]) > numpy.mean(seen[:5]), "phi maximises"
+    seen = [game.theta_step(range(20)) for _ in range(3)]
+    print("theta descends: phi is frozen, three steps down task + lam * distance")
+    for step, (t, d) in enumerate(seen):
+        print(f"    step {step:<3} task {t:.3f}   distance {d:.3f}")
 
-    It starts from the best of a few random and written prompts (a tenth of the budget each) and samples around what it learns."""
-    best = max(search(reader, questions, length, max(1, budget // 10), rng) for search in (random_search, written_search))
-    o = Options(prompt_length=length, restarts=1, phi_lr=3.)
-    adversary = Adversary(reader, o, torch.Generator().manual_seed(int(rng.integers(2 ** 31))))
-    adversary.renew(adversary.around([best[1]], odds=.2))
-    for step in range(max(1, budget // 5)):
-        adversary.step(questions, 0)
-        g = adversary.ids(0)
-        if survives(reader, g):
-            best = max(best, (score(reader, g, questions), g))
-    return best
+
+def play(model, people, test, options):
+    """A few rounds of the game -> the gap on test people at the end."""
+    print(f"\nthe game at lam = {options.lam:g}: 40 people, gap on 40 others"
+          "\n    round   phi: distance    theta: task   distance     gap")
+    lora.inject(model.model)
+    game = Game(model, people, options, seed=0)
+    for _ in range(options.rounds):
+        seen = game.round()
+        gap = measure(model, test)["gap"]
+        first, last = seen["phi"]
+        print(f"    {seen['round']:<7} {first:.3f} -> {last:.3f} {seen['task']:13.3f} "
+              f"{seen['distance']:10.3f} {gap:7.3f}", flush=True)
+    return gap
 
 
-def gcg(reader, questions, length, budget, rng, candidates=8, top=64):
-    """NOT IN THE PAPER: greedy coordinate gradient (Zou et al. 2023) -> (gap, prompt).
-
-    The gradient of the gap in each position's one-hot ranks the tokens that might replace it; of `candidates` single
-    replacements the best is taken, and the best prompt ever seen is returned. Half of the budget goes to the start.
-    """
-    value, g = max(search(reader, questions, length, max(1, budget // 4), rng) for search in (random_search, written_search))
-    best, spent = (value, g), budget // 2
-    while spent + candidates + 3 <= budget:
-        onehot = F.one_hot(torch.tensor(g), len(reader.mask)).float().to(reader.device).requires_grad_()
-        slope, = torch.autograd.grad(gap(reader(reader.prefix(onehot), questions)), onehot)  # (L, V)
-        ranked, tried = (slope + reader.mask).topk(min(top, len(reader.usable)), -1).indices.cpu(), []
-        for _ in range(candidates * 4):
-            position, other = int(rng.integers(length)), list(g)
-            other[position] = int(ranked[position, rng.integers(ranked.shape[1])])
-            if survives(reader, other) and len(tried) < candidates:
-                tried.append((score(reader, other, questions), other))
-        spent += len(tried) + 3
-        if tried:
-            value, g = max(tried)  # go on from the best neighbour, even when it is worse
-            best = max(best, (value, g))
-    return best
+if __name__ == "__main__":
+    lesson()

@@ -1,13 +1,19 @@
-"""Section 4.1: LoRA on the q and v projections, by hand.
+"""Section 4.1: low-rank adapters (LoRA) on the query and value projections, by hand.
 
-    W x  becomes  W x + (alpha / r) B A dropout(x),   A (r, in) random, B (out, r) zero, W frozen
+    W x   becomes   W x + (alpha / r) B A dropout(x)
 
-so at the start the model is the base model, and only A and B are trained. Conventions and file format are PEFT's.
-PAPER vs RELEASED CODE: the paper's "0.5 %" is r = 32 on GPT-Neo-1.3B (0.476 %); the released r = 4 is 0.060 %.
+    W (out, in)   frozen
+    A (r, in)     trained, random at the start
+    B (out, r)    trained, zero at the start: LoRA begins as the base model
+
+All A and B together are the theta of Eq. (3). Names and files are PEFT's.
+PAPER vs RELEASED CODE: the paper's "0.5 %" of GPT-Neo-1.3B is r = 32 (0.476 %);
+the released r = 4 is 0.060 %.
+
+    python lora.py      # what the lines above say, checked in numbers
 """
 import json
 import math
-import os
 import pathlib
 from contextlib import contextmanager
 
@@ -20,77 +26,119 @@ TARGETS = ("q_proj", "v_proj")
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear and its low-rank update. A and B are float32 whatever the base's dtype."""
+    """A frozen Linear and its low-rank update; A and B are float32 on any base."""
 
     def __init__(self, base, r, alpha, dropout=0., generator=None):
         super().__init__()
-        if r < 1:
-            raise InputError(f"rank {r} is impossible: LoRA needs a rank of at least 1.")
-        self.base, self.scale, self.dropout, self.original = base, alpha / r, dropout, None
+        self.base, self.dropout = base, dropout
+        self.r, self.alpha = r, alpha
+        self.original = None                        # the frozen W, while B A is merged
         A = torch.empty(r, base.in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        self.A = nn.Parameter(A.to(base.weight.device))  # (r, in)
-        self.B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r)
+        B = torch.zeros(base.out_features, r)
+        self.A = nn.Parameter(A.to(base.weight.device))
+        self.B = nn.Parameter(B.to(base.weight.device))
 
-    def forward(self, x):  # (..., in) -> (..., out)
+    def forward(self, x):                                         # (..., in)
+        y = self.base(x)                                          # W x: (..., out)
         if self.original is not None:
-            return self.base(x)
-        low = nn.functional.dropout(x, self.dropout, self.training) @ self.A.to(x.dtype).T  # (..., r)
-        return self.base(x) + (self.scale * low) @ self.B.to(x.dtype).T  # scaled while it is small
+            return y                                              # B A is in W already
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        low = x @ self.A.to(x.dtype).T                            # A x: (..., r)
+        low = low * (self.alpha / self.r)                         # scaled while small
+        return y + low @ self.B.to(x.dtype).T                     # + B A x: (..., out)
 
 
 def inject(model, r=8, alpha=16, dropout=0., seed=0):
-    """Freeze `model` and wrap every q_proj and v_proj -> list of the LoRALinear, in the order of the layers.
+    """Freeze `model`, wrap every q_proj and v_proj -> the LoRALinear, layer by layer.
 
-    Raises InputError for a model that has none, or not two a layer.
+    A second call begins anew. InputError unless there is one of each in every layer.
     """
-    for parent, name, old in [(m, n, c) for m in model.modules() for n, c in m.named_children() if isinstance(c, LoRALinear)]:
-        unmerge(model)
-        setattr(parent, name, old.base)  # a second call begins anew
+    if r < 1:
+        raise InputError(f"rank {r} is impossible: LoRA needs a rank of at least 1.")
+    remove(model)
+    found = projections(model)
     for p in model.parameters():
         p.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    found = [(parent, name) for parent in list(model.modules()) for name, child in parent.named_children()
-             if name in TARGETS and isinstance(child, nn.Linear)]
-    if not found or len(found) != 2 * model.config.num_hidden_layers:
-        raise InputError(f"{type(model).__name__} has {len(found)} linear q_proj / v_proj where LoRA needs two in each of its "
-                         f"{model.config.num_hidden_layers} layers; use a GPT-Neo.")
     for parent, name in found:
-        setattr(parent, name, LoRALinear(getattr(parent, name), r, alpha, dropout, generator))
-    return adapters(model)
+        layer = LoRALinear(getattr(parent, name), r, alpha, dropout, generator)
+        setattr(parent, name, layer)
+    train(model, False)
+    return list(adapters(model).values())
+
+
+def projections(model):
+    """Where q_proj and v_proj are -> [(module that holds it, name)]. InputError."""
+    found = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if name in TARGETS and isinstance(child, nn.Linear):
+                found.append((parent, name))
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    for name in TARGETS:
+        count = sum(name == other for _, other in found)
+        if count != layers or count == 0:
+            raise InputError(
+                f"{type(model).__name__} has {count} linear {name} where LoRA needs "
+                f"one in each of its {layers} layers; use a model with q_proj and "
+                "v_proj, such as GPT-Neo or Llama.")
+    return found
+
+
+def remove(model):
+    """Take all adapters off again."""
+    unmerge(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.base)
 
 
 def adapters(model):
-    """The LoRALinear modules of a model."""
-    return [m for m in model.modules() if isinstance(m, LoRALinear)]
+    """{name: LoRALinear}, in the order of the layers."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def theta(model):
     """What the model's step trains: every A and B."""
-    return [p for m in adapters(model) for p in (m.A, m.B)]
+    parameters = []
+    for layer in adapters(model).values():
+        parameters += [layer.A, layer.B]
+    return parameters
+
+
+def train(model, mode):
+    """LoRA's dropout on or off; the frozen model's own dropout stays off."""
+    for layer in adapters(model).values():
+        layer.train(mode)
 
 
 def share(model):
-    """Trainable share of all parameters, in percent (§4.1: "0.5 %")."""
+    """Trained share of all parameters, in percent."""
     trained = sum(p.numel() for p in theta(model))
-    return 100 * trained / (sum(p.numel() for p in model.parameters()))
+    return 100 * trained / sum(p.numel() for p in model.parameters())
 
+
+# ------------------------------------------------------------------ merging
 
 @torch.no_grad()
 def merge(model):
-    """Put B A into the weights, where theta is not trained: evaluation and phi's half, at the base model's price (in bf16 rounded).
-    `unmerge` brings the very same weights back."""
-    for m in adapters(model):
-        if m.original is None:
-            m.original = m.base.weight.data
-            m.base.weight.data = (m.original.float() + m.scale * (m.B @ m.A)).to(m.original.dtype)
+    """W <- W + (alpha / r) B A: the base model's speed where theta is not trained."""
+    for layer in adapters(model).values():
+        if layer.original is None:
+            W = layer.base.weight.data
+            merged = W.float() + layer.alpha / layer.r * (layer.B @ layer.A)
+            layer.original = W
+            layer.base.weight.data = merged.to(W.dtype)
 
 
 def unmerge(model):
-    """Undo `merge`, bit for bit: the base weights were kept, not recomputed."""
-    for m in adapters(model):
-        if m.original is not None:
-            m.base.weight.data, m.original = m.original, None
+    """The very same W as before: it was kept, not computed back."""
+    for layer in adapters(model).values():
+        if layer.original is not None:
+            layer.base.weight.data = layer.original
+            layer.original = None
 
 
 @contextmanager
@@ -103,36 +151,104 @@ def merged(model):
         unmerge(model)
 
 
+# ------------------------------------------------------------------ PEFT's files
+
 def save(model, directory, base_name):
-    """Write A and B as PEFT does: `PeftModel.from_pretrained(base, directory)` reads them."""
-    from safetensors.torch import save_file
-    directory, first = pathlib.Path(directory), adapters(model)[0]
+    """Write A and B so that `PeftModel.from_pretrained(base, directory)` reads them."""
+    from safetensors.torch import save as to_bytes
+    directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}.lora_{k}.weight": getattr(m, k).detach().cpu().contiguous()
-               for name, m in model.named_modules() if isinstance(m, LoRALinear) for k in "AB"}
-    r = first.A.shape[0]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": r, "bias": "none",
-              "lora_alpha": first.scale * r, "lora_dropout": first.dropout, "target_modules": list(TARGETS),
-              "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
-    save_file(tensors, directory / "weights.part", metadata={"format": "pt"})
-    (directory / "config.part").write_text(json.dumps(config, indent=1))
-    os.replace(directory / "weights.part", directory / "adapter_model.safetensors")
-    os.replace(directory / "config.part", directory / "adapter_config.json")
+    tensors = {}
+    for name, layer in adapters(model).items():
+        for key in "AB":
+            tensor = getattr(layer, key).detach().cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_{key}.weight"] = tensor
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
+        "base_model_name_or_path": str(base_name), "target_modules": list(TARGETS),
+        "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
+    files = {"adapter_model.safetensors": to_bytes(tensors, metadata={"format": "pt"}),
+             "adapter_config.json": json.dumps(config, indent=1).encode()}
+    for name, content in files.items():
+        (directory / f"{name}.part").write_bytes(content)
+    for name in files:
+        (directory / f"{name}.part").replace(directory / name)
+
+
+# Fields of adapter_config.json that would change what is computed, and what we compute.
+OURS = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False,
+        "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "modules_to_save": None, "layers_to_transform": None, "lora_bias": False}
 
 
 def load(model, directory):
-    """Inject the adapter saved in `directory`. Raises InputError when it is missing, broken or of another model."""
+    """Inject the adapter of `directory`; InputError if broken or another model's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     directory = pathlib.Path(directory)
     try:
-        config = json.loads((directory / "adapter_config.json").read_text())
+        config = json.loads((directory / "adapter_config.json").read_text("utf-8"))
         tensors = load_file(directory / "adapter_model.safetensors")
-        inject(model, config["r"], config["lora_alpha"], config["lora_dropout"])
-        for name, m in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-            for k in "AB":
-                getattr(m, k).data.copy_(tensors.pop(f"base_model.model.{name}.lora_{k}.weight"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{directory} holds no adapter for this model ({str(error)[:80]}); give a run's adapter/.") from None
-    if tensors:
-        raise InputError(f"{directory} adapts other modules too ({next(iter(tensors))}); it is not an adapter of this program.")
+        for field, value in OURS.items():
+            if (config.get(field) or value) != value:
+                raise ValueError(f"its {field} is {config[field]!r}")
+        inject(model, int(config["r"]), float(config["lora_alpha"]),
+               float(config["lora_dropout"]))
+        for name, layer in adapters(model).items():
+            for key in "AB":
+                read = tensors.pop(f"base_model.model.{name}.lora_{key}.weight")
+                if read.shape != getattr(layer, key).shape:
+                    raise ValueError(f"{name} has another shape than its r says")
+                getattr(layer, key).data.copy_(read)
+        if tensors:
+            raise ValueError(f"it adapts other modules too: {next(iter(tensors))}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            SafetensorError) as error:
+        remove(model)
+        raise InputError(f"{directory} holds no adapter for this model "
+                         f"({str(error)[:80]}); give a run's adapter/.") from None
+
+
+# ------------------------------------------------------------------ the lesson
+
+def fit(update, r, steps=400):
+    """Mean squared error of a rank-r LoRA trained to become W + update."""
+    layer = LoRALinear(nn.Linear(32, 32), r, alpha=r)
+    W = layer.base.weight.detach()
+    optimiser = torch.optim.Adam([layer.A, layer.B], lr=.02)
+    for _ in range(steps):
+        x = torch.randn(64, 32)
+        wanted = x @ (W + update).T + layer.base.bias
+        loss = (layer(x) - wanted).pow(2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return loss.item()
+
+
+def lesson():
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, layer = torch.randn(4, 32), LoRALinear(nn.Linear(32, 32), r=4, alpha=16)
+    change = (layer(x) - layer.base(x)).abs().max()
+    print(f"before training, LoRA changes the output by {change:.1f}: B = 0")
+    assert change == 0
+    print("\nan update W + U of rank 3, learned by LoRA: mean squared error")
+    U = torch.randn(32, 3) @ torch.randn(3, 32) / 6
+    errors = [fit(U, r) for r in (1, 2, 3, 4)]
+    for r, error in enumerate(errors, 1):
+        print(f"    r = {r}    {error:.3f}")
+    assert errors[2] < .01 * errors[1], "rank 3 is enough, rank 2 is not"
+    with torch.device("meta"):
+        gpt_neo = GPTNeoForCausalLM(GPTNeoConfig())    # the default is 1.3B; no memory
+    print("\ntrained share of GPT-Neo-1.3B (paper: 0.5 %)")
+    for r in (4, 8, 32):
+        inject(gpt_neo, r)
+        print(f"    r = {r:<4} {share(gpt_neo):.3f} %")
+    print("\nnow try: LoRA on k_proj too (TARGETS). Which r is 0.5 % then?")
+
+
+if __name__ == "__main__":
+    lesson()

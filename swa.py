@@ -1,10 +1,12 @@
-"""Section 4.2: stochastic weight averaging of what is trained.
+"""Section 4.2: stochastic weight averaging (SWA), by hand.
 
-    average <- average + (w - average) / (n + 1)        after n earlier ones; the starting weights are no part of it
+    average <- average + (w - average) / (n + 1)        w: the n-th weights, from n = 0
 
-PAPER vs RELEASED CODE: the paper averages "the model weights"; the released code averages the adversary's logits and never
-uses the average. Here it is theta (A and B, never the frozen model), and `gumbel.py` shows what it does to phi.
-mean(A) mean(B) is not mean(B A): the average is taken over the factors, as an optimiser sees them.
+PAPER vs RELEASED CODE: the paper averages "the model weights"; the released code
+averages the adversary's logits and never uses the average. Here: LoRA's A and B.
+mean(A) mean(B) is not mean(B A): it is the factors that are averaged.
+
+    python swa.py       # the last weights of a noisy descent, and their average
 """
 from contextlib import contextmanager
 
@@ -15,31 +17,64 @@ class SWA:
     """The equal running average of a list of tensors."""
 
     def __init__(self, parameters):
-        self.parameters, self.average, self.n = list(parameters), None, 0
+        self.parameters = list(parameters)
+        self.average = [torch.zeros_like(p) for p in self.parameters]
+        self.n = 0                                  # weights averaged so far
 
     @torch.no_grad()
     def update(self):
         """Take the weights as they are now into the average."""
-        if self.average is None:
-            self.average = [torch.zeros_like(p) for p in self.parameters]
-        for a, p in zip(self.average, self.parameters):
-            a += (p - a) / (self.n + 1)
+        for average, w in zip(self.average, self.parameters):
+            average += (w - average) / (self.n + 1)
         self.n += 1
-
-    @contextmanager
-    def averaged(self):
-        """Inside this `with` the parameters hold the average; afterwards their own values again. No update, no change."""
-        own = [p.detach().clone() for p in self.parameters]
-        try:
-            self.apply()
-            yield
-        finally:
-            with torch.no_grad():
-                for p, w in zip(self.parameters, own):
-                    p.copy_(w)
 
     @torch.no_grad()
     def apply(self):
-        """Let the parameters be the average, for good."""
-        for p, a in zip(self.parameters, self.average or self.parameters):
-            p.copy_(a)
+        """Let the parameters be the average, for good (nothing averaged: no change)."""
+        if self.n == 0:
+            return
+        for w, average in zip(self.parameters, self.average):
+            w.copy_(average)
+
+    @contextmanager
+    def averaged(self):
+        """Inside this `with` the parameters hold the average, then their own values."""
+        own = [w.detach().clone() for w in self.parameters]
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for w, value in zip(self.parameters, own):
+                    w.copy_(value)
+
+
+# ------------------------------------------------------------------ the lesson
+
+def noisy_descent(lr, steps=400, start=200):
+    """Go down ||w||^2 / 2 with noise in each gradient -> ||w||, ||SWA of w||."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.ones(100)
+    swa = SWA([w])
+    for step in range(steps):
+        gradient = w + torch.randn(100, generator=generator)
+        w -= lr * gradient
+        if step >= start:
+            swa.update()
+    return w.norm().item(), swa.average[0].norm().item()
+
+
+def lesson():
+    print("||w||^2 / 2, noisy gradients: distance to the minimum after 400 steps (from "
+          "10)\n\nlearning rate    last w    SWA of the last 200")
+    for lr in (.05, .2, .8):
+        last, averaged = noisy_descent(lr)
+        print(f"{lr:<13} {last:9.2f} {averaged:9.2f}")
+        assert averaged < last, "averaging takes the noise out"
+    print("\nThe last weights pay for a large learning rate, their average hardly "
+          'does:\n"reduces influence on learning rate" (section 4.2).')
+    print("\nnow try: start=0. Which learning rate suffers most, and from what?")
+
+
+if __name__ == "__main__":
+    lesson()

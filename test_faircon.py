@@ -1,29 +1,36 @@
-"""Offline, CPU. Every hand-written part against a library or brute force, identities, what must NOT happen, the real command.
+"""The lessons' tests, in the paper's order. Offline, on a CPU, in about a minute.
 
-Tests that need the published Adult files, GPT-2's tokenizer or peft are skipped, saying so, when these are not there.
+    equals a reference    a library, or the definition by brute force; gradients too
+    identities            what must be exactly so, or must not change at all
+    the other way         what must NOT happen: a leak, a moved weight, a silent NaN
+
+A test's name is a claim, its message what a failure means. Skipped, saying so, where
+they are missing: the published Adult files, GPT-2's tokenizer, peft.
+
+    pytest -q test_faircon.py
 """
-import functools
-import itertools
+import ast
+import copy
+import dataclasses
+import errno
+import hashlib
+import http.client
+import io
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import re
-import shutil
-import signal
+import socket
 import subprocess
 import sys
-import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adult
 import faircon
@@ -31,736 +38,1094 @@ import gumbel
 import lora
 import metrics
 import swa
-import train
+from adult import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "adult"
 GPT2 = HERE.parent / "shared" / "gpt2_tokenizer"
-needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(), reason="the published Adult files are not there")
-DATA = str(REAL) if (REAL / "adult.data").exists() else str(adult.TINY)
-SMALL = ["--rows", "20", "--test-rows", "40", "--rounds", "3", "--phi-steps", "2", "--restarts", "2", "--prompt-length", "10", "--attack", "none"]
+LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics")      # slowest first
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+USUAL = dataclasses.asdict(faircon.Options())
+SMALL = {**USUAL, "rounds": 2, "batch_size": 4, "prompt_length": 6, "adversaries": 2,
+         "phi_steps": 2, "behind": False, "cut": False}
+SMALL = {name: value for name, value in SMALL.items() if name in USUAL}
+needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
+                                reason="the published Adult files are not there")
+needs_gpt2 = pytest.mark.skipif(not (GPT2 / "vocab.json").exists(),
+                                reason="GPT-2's tokenizer is not there")
 
 
-load_once = functools.lru_cache(adult.load)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                    # small tensors: threads would only wait
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def data():
-    return load_once(DATA)
+    return adult.load(adult.TINY)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    network = AutoModelForCausalLM.from_pretrained(adult.TINY, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
+    return faircon.LanguageModel(network.eval(), tokenizer)
 
 
 @pytest.fixture()
-def reader():
-    return train.load_model(str(adult.TINY))[0]
+def model(loaded):
+    """The embedded model, without adapters before and after."""
+    lora.remove(loaded.model)
+    yield loaded
+    lora.remove(loaded.model)
 
 
 def people_of(data, n, bpc=0., seed=0):
     return adult.sample(data.train, n, bpc, numpy.random.default_rng(seed))
 
 
-def game_of(reader, data, seed=0, **options):
-    lora.inject(reader.model, 4, 16, seed=seed)
-    o = faircon.Options(**{"rounds": 2, "phi_steps": 2, "restarts": 2, "prompt_length": 10, **options})
-    return faircon.Game(reader, people_of(data, 20, .5), people_of(data, 8), o, seed)
+def game_of(model, people, seed=0, **given):
+    """A tiny game on fresh adapters."""
+    options = faircon.Options(**{**SMALL, **given})
+    lora.inject(model.model, 4, 16., options.dropout, seed)
+    return faircon.Game(model, people, options, seed)
 
 
-# ---------------------------------------------------------------- gumbel.py
+def encode(model, text):
+    return model.tokenizer.encode(text, add_special_tokens=False)
+
+
+def alike(ours, reference):
+    """Equal but for rounding."""
+    return torch.allclose(ours, reference, atol=1e-4)
+
+
+def shake(parameters, std=.1):
+    """Random weights: where B = 0, LoRA hides every mistake."""
+    generator = torch.Generator().manual_seed(7)
+    for p in parameters:
+        p.data.normal_(std=std, generator=generator)
+
+
+def copies(tensors):
+    return [t.detach().clone() for t in tensors]
+
+
+def same(some, others):
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def close(ours, reference, share=1e-3):
+    """Equal up to a thousandth of the largest number, which is not 0."""
+    largest = reference.abs().max()
+    return bool(largest > 0) and bool((ours - reference).abs().max() < share * largest)
+
+
+def spy(monkeypatch, thing, name, see):
+    """Show `see` each call of a method, its result last, for one test."""
+    method = getattr(thing, name)
+
+    def seen(*given):
+        result = method(*given)
+        see(*given, result)
+        return result
+    monkeypatch.setattr(thing, name, seen)
+
+
+# ------------------------------------------------------------------ 1.1 Fairness
+
+def test_metrics_by_hand():
+    p = [[.9, .4], [.2, .6], [.3, .3], [.8, .6], [.1, .4], [.6, .3]]
+    y, s = [1, 1, 0, 0, 0, 1], [0, 1, 0, 1, 1, 0]      # so yhat is 1, 1, 0, 1, 0, 1
+    by_hand = {"acc": 5 / 6, "dpd": 2 / 3 - 2 / 3, "deo": .5 + 0., "positives": 4 / 6,
+               "gap": (.5 + .4 + 0 + .2 + .3 + .3) / 6, "flip": 3 / 6,
+               "signed_gap": (.5 - .4 + 0 + .2 - .3 + .3) / 6}
+    assert metrics.evaluate(p, y, s) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("favoured", [0, 1])
+def test_deo_is_a_sum_and_dpd_has_no_sign(favoured):
+    s, y = numpy.array([0, 0, 0, 0, 1, 1, 1, 1]), numpy.array([1, 1, 0, 0, 1, 1, 0, 0])
+    s, yhat = abs(s - favoured), numpy.array([1, 1, 1, 0, 1, 0, 0, 0])
+    assert metrics.dpd(yhat, s) == .75 - .25
+    deo = (1 - .5) + (.5 - 0)
+    assert metrics.deo(yhat, y, s) == deo, "Eq. (2) is neither a maximum nor a mean"
+
+
+def test_nothing_measured_is_not_fair():
+    nobody = numpy.zeros(3, int)
+    with pytest.warns(UserWarning, match="nobody has s=1"):
+        assert math.isnan(metrics.dpd(nobody, nobody))
+    with pytest.warns(UserWarning, match="nobody has s=0, y=1"):
+        y, s = numpy.array([0, 0, 1]), numpy.array([0, 1, 1])
+        assert math.isnan(metrics.deo(nobody, y, s))
+    with pytest.warns(UserWarning, match="NaN"):
+        found = metrics.evaluate([[.5, math.nan], [.1, .2]], [0, 1], [0, 1])
+    assert all(map(math.isnan, found.values())), "NaN would pass for always answering 0"
+
+
+def test_bootstrap_draws_a_person_with_their_twin():
+    rng = numpy.random.default_rng(0)
+    p = rng.random((200, 1)).repeat(2, 1)                        # no twin differs
+    y, s = rng.integers(2, size=200), rng.integers(2, size=200)
+    intervals = metrics.bootstrap(p, y, s, 50)
+    assert intervals["gap"] == [0, 0]
+    low, high = intervals["acc"]
+    assert low < metrics.evaluate(p, y, s)["acc"] < high
+
+
+# ------------------------------------------------------------------ 2 Data
+
+@needs_real
+@pytest.mark.parametrize("as_released, b, ratio", [(True, .1312, 5.23),
+                                                   (False, .1945, 3.18)])
+def test_the_papers_base_rates_come_from_a_label_bug(as_released, b, ratio):
+    people = adult.read(REAL / "adult.data", as_released)
+    people += adult.read(REAL / "adult.test", as_released)
+    found = adult.base_rates(people)
+    assert (len(people), round(found[0], 4), round(found[1], 2)) == (48842, b, ratio)
+
+
+def test_cells_and_samples_are_exact(data):
+    wanted = {(0, 1): 75, (0, 0): 25, (1, 1): 25, (1, 0): 75}
+    people = people_of(data, 200, .5)
+    found = [(p.s, p.y) for p in people]
+    assert adult.cells(200, .5) == wanted
+    assert {cell: found.count(cell) for cell in wanted} == wanted
+    assert adult.base_rates(people) == (.5, 1.)
+    assert len(set(map(id, people))) == 200, "somebody was drawn twice"
+    with pytest.warns(UserWarning, match="b_Pc = 0.25 is used"):
+        adult.cells(16, .3)
+    for n, bpc, why in ((200, 1.1, "impossible"), (7, 0., "even"),
+                        (99_992, 0., "fewer rows"), (99_992, None, "fewer")):
+        with pytest.raises(InputError, match=why):
+            people_of(data, n, bpc)
+
+
+def test_split_measures_nobody_it_has_seen(data):
+    people = adult.split(data, 80, .5, 40, seed=3)
+    chosen = set(map(id, people.train + people.validation))
+    assert chosen <= set(map(id, data.train)), "adult.test is for the reported numbers"
+    assert len(chosen) == 80 + 100, "a validation row is a training row"
+    assert set(map(id, people.test + people.test_bpc)) <= set(map(id, data.test))
+    assert [adult.base_rates(some)[0] for some in people] == [.5, 0., 0., .5]
+    assert people == adult.split(data, 80, .5, 40, seed=3)
+    assert people.train != adult.split(data, 80, .5, 40, seed=4).train
+
+
+def test_twins_differ_in_sex_alone_and_hold_no_answer(data):
+    for person in data.test[:200]:
+        x_m, x_f = adult.twins(person)
+        assert x_m.count("sex Male") == 1 and x_m.endswith("\nlabel:")
+        assert x_m.replace("sex Male", "sex Female") == x_f
+        assert adult.text(person) == (x_m, x_f)[person.s], "not the person's own sex"
+        other = person._replace(y=1 - person.y)
+        assert adult.text(person) == adult.text(other), "the text knows the answer"
+        assert adult.answer(person) != adult.answer(other)
+        assert "Husband" not in x_m and "Wife" not in x_m, "relationship is sex"
+
+
+@pytest.mark.parametrize("counterbalance, b", [(True, 0.), (False, .5)])
+def test_few_shot_prompts_have_their_bias(data, counterbalance, b):
+    rng = numpy.random.default_rng(0)
+    prompt = adult.few_shot(data.train, 16, .5, rng, counterbalance)
+    shots = re.findall(r"sex (\w+),[^\n]*\nlabel: ([01])\n", prompt)
+    men = [int(y) for sex, y in shots if sex == "Male"]
+    women = [int(y) for sex, y in shots if sex == "Female"]
+    assert prompt.startswith(adult.INSTRUCTION) and len(men) == len(women) == 8
+    assert numpy.mean(men) - numpy.mean(women) == b
+    lines = prompt.replace("sex Female", "sex Male").splitlines()[1:]
+    assert counterbalance == all(lines.count(line) % 2 == 0 for line in lines)
+
+
+ROW = ("39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, "
+       "Not-in-family, White, Male, 2174, 0, 40, United-States, >50K.\n")
+
+
+def test_reading_forgives_what_is_harmless(tmp_path):
+    content = "|1x3 Cross validator\n" + ROW + "\n" + ROW.replace(">50K.", "<=50K")
+    (tmp_path / "bom").write_text(content, encoding="utf-8-sig")
+    people = adult.read(tmp_path / "bom")
+    assert [p.y for p in people] == [1, 0], "the full stop of adult.test is no label"
+    assert [p.y for p in adult.read(tmp_path / "bom", True)] == [0, 0]
+
+
+@pytest.mark.parametrize("content, why", [
+    (ROW.replace(" White", " "), "line 2: an empty cell"),
+    (ROW.replace(" White", ' "White'), "quote"),
+    (ROW.replace(" White,", ""), "line 2: 14 columns"),
+    (ROW.replace(" Male", " M"), "column order"),
+    (ROW.replace(" >50K.", " yes"), "column order"), ("age" + ROW[2:], "a header")])
+def test_reading_refuses_what_is_not_adult(content, why, tmp_path):
+    (tmp_path / "adult.csv").write_text(ROW + content)
+    with pytest.raises(InputError, match=why):
+        adult.read(tmp_path / "adult.csv")
+    for wrong, why in ((tmp_path / "adult.csv", "is a file"), (tmp_path, "not exist")):
+        with pytest.raises(InputError, match=why):
+            adult.load(wrong)
+
+
+@pytest.fixture()
+def uci(monkeypatch, tmp_path):
+    """UCI sends tiny/'s files and the cache is empty -> (what was fetched, cache)."""
+    asked = []
+
+    def fetch(url):
+        asked.append(url)
+        return (adult.TINY / url.split("/")[-1]).read_bytes()
+    for name in adult.SHA256:
+        digest = hashlib.sha256(fetch(name)).hexdigest()
+        monkeypatch.setitem(adult.SHA256, name, digest)
+    asked.clear()
+    monkeypatch.setattr(adult, "fetch", fetch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return asked, tmp_path / "cache" / "faircon"
+
+
+def test_a_download_is_checked_and_kept(uci, monkeypatch):
+    asked, cache = uci
+    for _ in range(2):
+        found = adult.load()
+        assert found.source == "UCI Adult" and found.sha256 == adult.SHA256
+        assert (len(found.train), len(found.test)) == (8000, 4000)
+    assert asked == [adult.UCI + name for name in adult.SHA256], "kept, yet fetched"
+    (cache / "adult.data").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="do not have UCI's checksums"):
+        adult.load()
+    (cache / "adult.data").unlink()
+    monkeypatch.setitem(adult.SHA256, "adult.test", "0" * 64)
+    with pytest.raises(InputError, match="sent has a wrong checksum"):
+        adult.load()
+
+
+def test_a_download_cut_in_the_middle_leaves_nothing(uci, monkeypatch):
+    fetch = adult.fetch
+
+    def cut(url):
+        if url.endswith("test"):
+            raise http.client.IncompleteRead(b"39, Sta", 1000)
+        return fetch(url)
+    monkeypatch.setattr(adult, "fetch", cut)
+    assert re.search("SYNTHETIC.*IncompleteRead", adult.load().source)
+    assert not list(uci[1].glob("*")), "the next run would take it for the data"
+
+
+def test_what_cannot_be_kept_is_used_all_the_same(uci, monkeypatch):
+    """A full disk, then a place where no folder can be made."""
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[:1000])
+        raise OSError(errno.ENOSPC, "no space left")
+    monkeypatch.setattr(pathlib.Path, "write_bytes", half)
+    found = adult.load()
+    assert re.match(r"UCI Adult \(not kept: .* no space left", found.source)
+    assert len(found.train) == 8000 and not list(uci[1].glob("*"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(adult.TINY / "adult.data"))
+    found = adult.load()
+    assert "not kept" in found.source and len(found.train) == 8000
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_behind_a_proxy_only_the_proxy_is_asked(monkeypatch, tmp_path, has_home):
+    """Looking UCI up oneself takes minutes there. The true reason must be named."""
+    looked_up, look_up = set(), socket.getaddrinfo
+
+    def watched(host, *more, **named):
+        looked_up.add(host)
+        return look_up(host, *more, **named)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+    for name in PROXIES:
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("https_proxy", closed_port())
+    monkeypatch.setattr(socket, "getaddrinfo", watched)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path) if has_home else "")
+    if not has_home:
+        monkeypatch.setattr(pathlib.Path, "home", homeless)
+    assert re.search("SYNTHETIC.*Connection refused", adult.load().source)
+    assert looked_up == {"127.0.0.1"}, "something went around the proxy"
+
+
+def closed_port():
+    """An address on this machine where nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+# ------------------------------------------------------------------ 3.1 f_theta
+
+def by_brute_force(model, before, person):
+    """Logits (2, V) of each twin's whole text, token ids through the front door."""
+    found = []
+    for x in adult.twins(person):
+        ids = torch.tensor([before + encode(model, x + " 0")[:-1]])
+        found.append(model.model(input_ids=ids).logits[0, -1])
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def test_f_theta_is_the_models_answer_to_the_whole_text(model, data):
+    """Texts of different lengths in one batch: padding must change nobody's answer."""
+    people = people_of(data, 80)
+    people.sort(key=lambda p: len(encode(model, adult.text(p))))
+    people = people[:3] + people[-3:]
+    questions = model.questions(people)
+    assert len(questions[0][0]) < len(questions[-1][0])
+    shots = adult.few_shot(data.train, 4, 1., numpy.random.default_rng(0))
+    g, instruction = model.usable[5:12], encode(model, adult.INSTRUCTION)
+    line = g + encode(model, "\n")
+    cases = [(model.prefix(), instruction), (model.prefix(g), line + instruction),
+             (model.prefix(g, behind=True), instruction + line),
+             (model.prefix(context=shots), encode(model, shots))]
+    for prefix, before in cases:
+        logits = model(prefix, questions)
+        for i, person in enumerate(people):
+            assert alike(logits[:, i], by_brute_force(model, before, person))
+    no, yes = logits.softmax(-1)[..., model.answers].unbind(-1)          # (2, B)
+    p = torch.tensor(model.predict(questions, context=shots, batch=4))   # (B, 2)
+    assert alike(p.T.float(), yes / (yes + no))
+
+
+def test_a_prompt_of_one_hot_rows_has_the_right_gradient(model, data):
+    """One text at a time, unpadded: phi must follow the model's own gradient."""
+    people, text = people_of(data, 4), model.usable[:5]
+    one_hot = F.one_hot(torch.tensor(text), len(model.embed)).float().requires_grad_()
+    logits = model(model.prefix(one_hot), model.questions(people))
+    ours, = torch.autograd.grad(logits.log_softmax(-1)[..., 9].sum(), one_hot)
+    g, total = model.embed[text].detach().requires_grad_(), 0.
+    for x in sum(map(adult.twins, people), []):
+        ids = encode(model, "\n" + adult.INSTRUCTION + x)
+        embeds = torch.cat([g, model.embed[ids]])[None]
+        logits = model.model(inputs_embeds=embeds).logits
+        total = total + logits[0, -1].log_softmax(-1)[9]
+    by_hand, = torch.autograd.grad(total, g)                             # (5, D)
+    assert close(ours, by_hand @ model.embed.T)
+
+
+def test_write_samples_what_a_plain_forward_says(model):
+    ours = model.write(2, 6, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.tensor([encode(model, adult.INSTRUCTION)] * 2)
+    for _ in range(6):
+        p = (model.model(input_ids=ids).logits[:, -1] + model.mask).softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    assert ours == ids[:, -6:].tolist()
+
+
+def test_usable_tokens_are_text(model):
+    for i in model.usable:
+        assert encode(model, model.decode([i])) == [i], "this prompt cannot be typed"
+    allowed = (model.mask == 0).nonzero().flatten().tolist()
+    assert allowed == model.usable and len(allowed) > 500
+
+
+def test_a_broken_model_gives_no_numbers(model, data):
+    network = copy.deepcopy(model.model)
+    network.transformer.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
+    broken = faircon.LanguageModel(network, model.tokenizer)
+    with pytest.raises(InputError, match="NaN"):
+        broken.predict(broken.questions(people_of(data, 4)))
+
+
+def splitting_tokenizer():
+    """tiny/'s, but " 0" is " ", "0" (as in Llama's), and "!" begins every text."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    described = json.loads((adult.TINY / "tokenizer.json").read_text("utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    described["pre_tokenizer"]["pretokenizers"].insert(0, digits)
+    bos = {"id": "!", "ids": [described["model"]["vocab"]["!"]], "tokens": ["!"]}
+    template = described["post_processor"]
+    template["special_tokens"] = {"!": bos}
+    template["single"].insert(0, {"SpecialToken": {"id": "!", "type_id": 0}})
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@torch.no_grad()
+def test_a_tokenizer_that_splits_digits_and_begins_texts(model, data):
+    other = faircon.LanguageModel(model.model, splitting_tokenizer())
+    assert other.decode(other.answers.tolist()) == "01"
+    people = people_of(data, 4)
+    questions = other.questions(people)
+    ends = {twins[s][-1] for twins in questions for s in (0, 1)}
+    assert other.decode(list(ends)) == " ", "the space belongs to the question"
+    bos = encode(other, "!")
+    for g, before in ((faircon.CLEAN, bos), ([5], [*bos, 5, *encode(other, "\n")])):
+        logits = other(other.prefix(g), questions)
+        before = before + encode(other, adult.INSTRUCTION)
+        for i, person in enumerate(people):
+            whole = by_brute_force(other, before, person)
+            assert alike(logits[:, i], whole)
+
+
+@needs_gpt2
+def test_gpt2_tokenizer_answers_and_context_limit(data):
+    from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
+    vocabulary, merges = str(GPT2 / "vocab.json"), str(GPT2 / "merges.txt")
+    config = GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2,
+                          attention_types=[[["global", "local"], 1]],
+                          max_position_embeddings=128)
+    model = faircon.LanguageModel(GPTNeoForCausalLM(config).eval(),
+                                  GPT2Tokenizer(vocab=vocabulary, merges=merges))
+    assert model.answers.tolist() == [657, 352] and len(model.usable) > 45_000
+    questions = model.questions(data.test[:1])
+    before = [5, 6] + encode(model, "\n" + adult.INSTRUCTION)
+    whole = by_brute_force(model, before, data.test[0])
+    assert alike(model(model.prefix([5, 6]), questions)[:, 0], whole)
+    with pytest.raises(InputError, match="context"):
+        model.predict(questions, [5] * 128)
+
+
+# ------------------------------------------------------------------ 3.1 Eq. (3)
+
+def test_distance_is_the_mean_of_unsquared_norms():
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    p = logits.softmax(-1).tolist()
+    norms = [math.dist(p_m, p_f) for p_m, p_f in zip(*p)]
+    assert faircon.distance(logits).item() == pytest.approx(sum(norms) / 4, abs=1e-5)
+    twins = logits[:1].expand(2, -1, -1).clone().requires_grad_()
+    distance = faircon.distance(twins)
+    distance.backward()
+    assert distance < 2e-4 and twins.grad.isfinite().all(), "no slope where twins agree"
+
+
+def test_task_reads_the_twin_that_is_the_person(data):
+    people, answers = people_of(data, 8), torch.tensor([3, 5])
+    logits = torch.randn(2, 8, 9, generator=torch.Generator().manual_seed(0))
+    by_hand = []
+    for i, person in enumerate(people):
+        p = logits[person.s, i].softmax(-1)
+        by_hand.append(-math.log(p[answers[person.y]]))
+    found = faircon.task(logits, people, answers).item()
+    assert found == pytest.approx(numpy.mean(by_hand), abs=1e-5)
+    logits[[1 - p.s for p in people], range(8)] += 9 * torch.rand(8, 9)
+    again = faircon.task(logits, people, answers).item()
+    assert again == found, "the other twin has no label"
+
+
+# ------------------------------------------------------------------ 3.2 Gumbel
 
 @pytest.mark.parametrize("tau", [.5, 1., 2.])
 def test_gumbel_softmax_is_the_librarys(tau):
-    a, b = (torch.randn(7, 50, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
-    weight = torch.randn(7, 50)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, 50, generator=generator)
+    weight = torch.randn(7, 50, generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     torch.manual_seed(3)
-    theirs = F.gumbel_softmax(a, tau, hard=True)
-    ours = gumbel.gumbel_softmax(b, tau, torch.Generator().manual_seed(3))
-    assert torch.equal(theirs, ours), "forward must agree bit for bit"
-    (theirs * weight).sum().backward()
-    (ours * weight).sum().backward()
-    assert torch.allclose(a.grad, b.grad, atol=1e-7) and b.grad.abs().sum() > 0
+    sample = gumbel.gumbel_softmax(ours, tau)
+    torch.manual_seed(3)                                     # the same noise
+    reference = F.gumbel_softmax(theirs, tau, hard=True)
+    assert torch.equal(sample, reference), "the forward pass must agree bit for bit"
+    (sample * weight).sum().backward()
+    (reference * weight).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-7) and ours.grad.norm() > .1
 
 
-def test_gumbel_sample_is_one_hot_and_follows_the_distribution():
+def test_a_sample_is_one_token_and_follows_the_distribution():
+    """20,000 draws: the margin of 1.5 % is four standard deviations."""
     p = torch.tensor([.6, .3, .1])
-    x = gumbel.gumbel_softmax(p.log().expand(20000, 3), 1., torch.Generator().manual_seed(0))
-    assert torch.allclose(x.max(-1).values, torch.ones(20000)) and (x.abs() > 1e-6).sum() == 20000
-    assert torch.allclose(x.mean(0), p, atol=.015)
-    with pytest.raises(ValueError, match="tau"):
-        gumbel.gumbel_softmax(p, 0.)
+    generator = torch.Generator().manual_seed(0)
+    x = gumbel.gumbel_softmax(p.log().expand(20_000, 3), 1., generator)
+    assert x.argmax(-1).bincount().div(20_000).sub(p).abs().max() < .015
+    one_hot = F.one_hot(x.argmax(-1), 3)
+    assert (x - one_hot).abs().max() < 1e-6, "a mixture of tokens is no prompt"
+    for tau in (0., -1., math.nan):
+        with pytest.raises(ValueError, match="tau"):
+            gumbel.gumbel_softmax(p, tau)
 
 
-def test_figure_4_averaging_calms_the_end():
-    raw, average = gumbel.figure_4(1., 0, steps=400, start=200)
-    assert average[-1] < raw[-50:].mean() < raw[0]
+# ------------------------------------------------------------------ phi, Eq. (3), (4)
+
+def next_scores(adversary):
+    """phi + Gumbel noise (L, V) of the adversary's next sample."""
+    generator = torch.Generator()
+    generator.set_state(adversary.generator.get_state())
+    noise = torch.empty(adversary.phi.shape).exponential_(generator=generator)
+    return adversary.phi.detach() + adversary.model.mask - noise.log()
 
 
-# ---------------------------------------------------------------- swa.py
+def upward(adversary, questions):
+    """d unfairness / d phi by hand: the softmax's derivative times the prompt's."""
+    model, tau = adversary.model, adversary.options.tau
+    scores = next_scores(adversary)                                      # (L, V)
+    sample = F.one_hot(scores.argmax(-1), scores.shape[1]).float().requires_grad_()
+    p = model(model.prefix(sample), questions).softmax(-1)               # (2, B, V)
+    unfair = (p[0] - p[1]).norm(dim=-1).mean()
+    if adversary.options.two_sided:
+        p_yes = p[..., model.answers[1]] / p[..., model.answers].sum(-1)     # (2, B)
+        unfair = adversary.side * (p_yes[0] - p_yes[1]).mean()
+    slope, = torch.autograd.grad(unfair, sample)
+    sigma = (scores / tau).softmax(-1)
+    return sigma * (slope - (sigma * slope).sum(-1, keepdim=True)) / tau
 
-def test_swa_is_the_librarys_average_and_goes_back():
-    layer = torch.nn.Linear(3, 2)
-    theirs, ours = torch.optim.swa_utils.AveragedModel(layer), swa.SWA(layer.parameters())
-    for k in range(5):
-        with torch.no_grad():
-            layer.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(k))
-        theirs.update_parameters(layer)
-        ours.update()
-    own = layer.weight.detach().clone()
-    with ours.averaged():
-        assert torch.allclose(layer.weight, theirs.module.weight, atol=1e-6) and not torch.equal(layer.weight, own)
-    assert torch.equal(layer.weight, own)
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("side", [0, 1, -1])
+def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign, side):
+    """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4); side 0: one-sided."""
+    game = game_of(model, people_of(data, 4), two_sided=side != 0, tau=.7)
+    shake(game.theta)
+    adversary = faircon.Adversary(model, game.options, game.generator, sign, side)
+    weights = copies(model.model.state_dict().values())
+    phi, up = adversary.phi.detach().clone(), upward(adversary, game.questions)
+    assert 0 < adversary.step(game.questions) < math.sqrt(2)
+    assert close(-sign * adversary.phi.grad, up, .01), "not the unfairness's gradient"
+    moved, steep = adversary.phi.detach() - phi, up.abs() > .01 * up.abs().max()
+    wanted = sign * game.options.phi_lr * up.sign()
+    assert torch.allclose(moved[steep], wanted[steep], rtol=1e-3), "the wrong way"
+    assert all(p.grad is None for p in model.model.parameters()), "theta is frozen"
+    assert same(model.model.state_dict().values(), weights)
 
 
-# ---------------------------------------------------------------- lora.py
+class Planted(faircon.LanguageModel):
+    """Token 0 makes it favour men, token 1 women, smoothly; six more do nothing."""
 
-def test_lora_is_brute_force_forward_and_backward():
-    base = torch.nn.Linear(6, 5)
-    m, x = lora.LoRALinear(base, 3, 12.), torch.randn(4, 6)
-    assert torch.equal(m(x), base(x)), "B starts at zero: LoRA at the start is the base model"
-    torch.nn.init.normal_(m.B)
-    A, B = (z.detach().clone().requires_grad_() for z in (m.A, m.B))
-    reference = F.linear(x, base.weight + 12 / 3 * B @ A, base.bias)
-    assert torch.allclose(m(x), reference, atol=1e-5)
-    m(x).pow(2).sum().backward()
+    def __init__(self):
+        self.device, self.answers = torch.device("cpu"), torch.tensor([0, 1])
+        self.usable, self.mask = list(range(8)), torch.zeros(8)
+        self.embed = torch.tensor([1., -1., 0., 0., 0., 0., 0., 0.])[:, None]  # (V, 1)
+
+    def prefix(self, g, **_):
+        return g @ self.embed                                            # (L, 1)
+
+    def __call__(self, prefix, questions):
+        lean = 3 * prefix.mean()
+        yes = torch.stack([lean, -lean])[:, None].expand(2, len(questions))
+        return torch.stack([torch.zeros_like(yes), yes], -1)             # (2, B, 2)
+
+
+@pytest.mark.parametrize("sign, side, low, high", [
+    (1, 0, .8, 1.1), (1, 1, .8, 1.1), (1, -1, -1.1, -.8), (-1, 0, -.15, .15)])
+def test_many_steps_find_what_is_planted(sign, side, low, high):
+    """From a prompt that leans to men by .3; over 40 seeds all ends lie within .02."""
+    options = faircon.Options(prompt_length=20, two_sided=side != 0, phi_lr=.3)
+    generator, phi = torch.Generator().manual_seed(0), torch.zeros(20, 8)
+    adversary = faircon.Adversary(Planted(), options, generator, sign, side)
+    phi[:, 0] = 1.5
+    adversary.start(phi)
+    for _ in range(100):
+        adversary.step([0])
+    lean = (adversary.phi.softmax(-1) @ adversary.model.embed).mean().item()
+    assert low < lean < high
+
+
+def test_both_twins_see_the_same_sample(model, data):
+    """Else the distance would be between two prompts, not two sexes."""
+    game = game_of(model, people_of(data, 4))
+    for twins in game.questions:
+        twins[1] = twins[0]
+    assert game.adversaries[0].step(game.questions) < 2e-4
+    assert game.theta_step(range(4))[1] < 2e-4
+
+
+def test_start_around_keeps_a_token_with_probability_93_percent(model, data):
+    """280 positions, each .93 give or take .013: their mean, .93 give or take .001."""
+    game, text = game_of(model, people_of(data, 4)), model.usable[:280]
+    adversary = game.adversaries[0]
+    adversary.step(game.questions)
+    adversary.start_around(text)
+    p = (adversary.phi + model.mask).softmax(-1)[range(280), text]
+    assert p.mean().item() == pytest.approx(.93, abs=.006) and p.min() > .8
+    assert not adversary.optimiser.state_dict()["state"], "Adam must begin anew"
+
+
+def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
+    game, seen = game_of(model, people_of(data, 8), dropout=.5), []
+    shake(game.theta)
+    layers, x = lora.adapters(model.model).values(), torch.arange(9)[None]
+    base = copies(layer.base.weight for layer in layers)
+
+    def see(*_):
+        assert all(layer.original is not None for layer in layers), "not merged"
+        seen.append(model.model(x).logits)
+    for adversary in game.adversaries:
+        spy(monkeypatch, adversary, "step", see)
+    game.round()
+    assert len(seen) == 4 and same(seen, seen[:1] * 4), "theta or dropout moved"
+    assert all(layer.original is None for layer in layers), "still merged"
+    assert same([layer.base.weight for layer in layers], base)
+
+
+@pytest.mark.parametrize("starts", ["noise", USUAL["starts"]])
+def test_noise_goes_on_and_texts_begin_anew(model, data, monkeypatch, starts):
+    game, seen, written = game_of(model, people_of(data, 8), starts=starts), [], []
+    adversary = game.adversaries[-1]                 # the last begins at a written text
+
+    def see(*_):
+        state = adversary.optimiser.state_dict()["state"]
+        seen.append((adversary.phi.detach().clone(), state[0]["step"].item()))
+    spy(monkeypatch, adversary, "step", see)
+    spy(monkeypatch, model, "write", lambda *given: written.append(given[-1][-1]))
+    game.round()
+    game.round()
+    steps, moved = [n for _, n in seen], (seen[2][0] - seen[1][0]).abs().max()
+    around = [seen[i][0].argmax(-1).tolist() for i in (0, 2)]
+    if starts == "noise":
+        assert steps == [1, 2, 3, 4] and moved < 3 * game.options.phi_lr, "forgotten"
+        assert not written
+    else:
+        assert steps == [1, 2, 1, 2] and moved > 3 * game.options.phi_lr, "not anew"
+        assert around == written and written[0] != written[1]
+
+
+def test_adversaries_take_turns_at_the_sides_and_rows_are_unfair(model, data,
+                                                                 monkeypatch):
+    """Rows of b_Pc = 1 for the side that favours men, -1 for the one for women."""
+    monkeypatch.setattr(model, "write", lambda n, *_: [model.usable[:300]] * n)
+    game = game_of(model, people_of(data, 8), starts=USUAL["starts"], adversaries=4,
+                   prompt_length=300)
+    game.start_phi()
+    assert [adversary.side for adversary in game.adversaries] == [1, -1, 1, -1]
+    for adversary, unfair in zip(game.adversaries, ("Male1 Female0", "Male0 Female1")):
+        text = model.decode(adversary.phi.argmax(-1).tolist())
+        shots = re.findall(r"sex (\w+),[^\n]*\nlabel: ([01])\n", text)
+        assert {sex + y for sex, y in shots} == set(unfair.split())
+
+
+# ------------------------------------------------------------------ theta, Eq. (3)
+
+def test_batches_are_passes_over_everybody(model, data):
+    game = game_of(model, people_of(data, 8), batch_size=3)
+    seven = game.batches(7)
+    assert [len(batch) for batch in seven] == [3, 3, 2, 3, 3, 2, 3]
+    orders = [numpy.concatenate(some).tolist() for some in (seven[:3], seven[3:6])]
+    orders.append(numpy.concatenate(game.batches()).tolist())
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3, "every pass has its own order"
+
+
+@pytest.mark.parametrize("clean, cut", [(True, False), (False, True)])
+def test_theta_meets_fresh_samples_and_the_clean_prompt(model, data, clean, cut):
+    game, seen = game_of(model, people_of(data, 4), clean=clean, cut=cut), []
+    for _ in range(20):
+        drawn = [next_scores(a).argmax(-1).tolist() for a in game.adversaries]
+        *before, g = game.prompts()
+        assert before == ([faircon.CLEAN] if clean else [])
+        ends = [text[-len(g):] for text in drawn]
+        assert g in ends, "not the adversary's own draw"
+        seen.append((ends.index(g), *g))
+    assert len(set(seen)) == 20, "a prompt must be fresh"
+    assert {which for which, *_ in seen} == {0, 1}, "theta must meet every adversary"
+    assert (len(set(map(len, seen))) > 1) == cut
+
+
+def equation_3(model, people, prompts, lam):
+    """Mean over the prompts of task + lam * distance, and its two terms."""
+    tasks, distances = [], []
+    for g in prompts:
+        p = model(model.prefix(g), model.questions(people)).softmax(-1)
+        distances.append((p[0] - p[1]).norm(dim=-1).mean())
+        for i, person in enumerate(people):
+            tasks.append(-p[person.s, i, model.answers[person.y]].log())
+    t, d = torch.stack(tasks).mean(), torch.stack(distances).mean()
+    return t + lam * d, [t.item(), d.item()]
+
+
+@pytest.mark.parametrize("lam", [0., 2.])
+def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
+    """Every prompt weighs the same, and lam counts in full from the first step."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    people, prompts = people_of(data, 8), [faircon.CLEAN, model.usable[:6]]
+    game = game_of(model, people, lam=lam, lr=1e-3)
+    shake(game.theta)
+    game.prompts = lambda: prompts
+    loss, terms = equation_3(model, people[2:6], prompts, lam)
+    gradients, before = torch.autograd.grad(loss, game.theta), copies(game.theta)
+    assert game.theta_step(range(2, 6)) == pytest.approx(terms, rel=.01)
+    for p, gradient, old in zip(game.theta, gradients, before):
+        assert close(p.grad, gradient, .01), "not the gradient of Eq. (3)"
+        steep = gradient.abs() > .05 * gradient.abs().max()
+        moved = (p.detach() - old)[steep]
+        assert torch.allclose(moved, -1e-3 * gradient[steep].sign(), rtol=.01)
+
+
+def test_gradients_are_clipped_to_norm_1(model, data, monkeypatch):
+    """Unclipped, one unfair prompt would outweigh all that Adam has seen before."""
+    found = []
+    for clipped in (True, False):
+        game = game_of(model, people_of(data, 4), lam=100.)
+        shake(game.theta)
+        if not clipped:
+            monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+        game.theta_step(range(4))
+        found.append(torch.cat([p.grad.flatten() for p in game.theta]))
+    assert found[1].norm() > 2, "this test needs a steep loss"
+    assert close(found[0], found[1] / found[1].norm())
+
+
+def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
+    game, modes = game_of(model, people_of(data, 8), lam=2., dropout=.3), []
+    layers = lora.adapters(model.model).values()
+    base = copies([*model.model.buffers(), *model.model.parameters()])
+    game.theta_step(range(4))                  # before any round, too
+    game.round()
+    phi, theta = copies(a.phi for a in game.adversaries), copies(game.theta)
+    spy(monkeypatch, model, "check_length",
+        lambda *_: modes.append({layer.training for layer in layers}))
+    game.theta_step(range(4))
+    assert modes == [{True}] * 2 and not any(layer.training for layer in layers)
+    assert not model.model.training, "the frozen model's own dropout stays off"
+    assert same([a.phi for a in game.adversaries], phi), "phi is frozen here"
+    assert not any(torch.equal(p, old) for p, old in zip(game.theta, theta))
+    everything = [*model.model.buffers(), *model.model.parameters()]
+    trained = set(map(id, game.theta))
+    for p, old in zip(everything, base, strict=True):
+        assert p.requires_grad == (id(p) in trained), "LoRA alone is trained"
+        assert id(p) in trained or torch.equal(p, old), "the base moved"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model, data):
+    game = game_of(model, people_of(data, 4))
+    game.theta[0].data[:] = math.nan
+    before = copies(game.theta[1:])
+    with pytest.raises(InputError, match="round 1"):
+        game.theta_step(range(4))
+    assert same(game.theta[1:], before)
+
+
+# ------------------------------------------------------------------ state and options
+
+def outcome(game):
+    """What a game has made: theta, SWA, phi, and how many weights SWA has seen."""
+    phi = copies(a.phi for a in game.adversaries)
+    counts = torch.tensor([game.swa.n, game.done])
+    return [*copies(game.theta), *copies(game.swa.average), *phi, counts]
+
+
+@pytest.mark.parametrize("starts", ["noise", USUAL["starts"]])
+def test_state_and_restore_go_on_bit_for_bit(model, data, starts):
+    """The state passes through a file that may hold no code."""
+    people, file = people_of(data, 8), io.BytesIO()
+    given = {**SMALL, "swa": 1., "starts": starts, "dropout": .3}
+    given.update(behind=True, cut=True)
+    torch.manual_seed(0)
+    game = game_of(model, people, **given)
+    game.round()
+    torch.save(game.state(), file)
+    seen, whole = game.round(), outcome(game)
+    file.seek(0)
+    torch.manual_seed(99)
+    game = game_of(model, people, seed=5, **given)
+    game.restore(torch.load(file, weights_only=True))
+    assert game.round() == seen and game.swa.n == 4
+    assert same(outcome(game), whole)
+
+
+def test_a_game_without_adversaries_is_fine_tuning(model, data):
+    game = game_of(model, people_of(data, 8), adversaries=0)
+    assert game.prompts() == [faircon.CLEAN] and game.round()["phi"] == []
+
+
+def digest_of_a_game(model, people, **given):
+    torch.manual_seed(0)
+    game = game_of(model, people, **given)
+    shake(game.theta[1::2], .01)                        # B: else dropout does nothing
+    while game.done < game.options.rounds:
+        game.round()
+    digest = hashlib.sha256()
+    for tensor in outcome(game):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def usual_digest(loaded, data):
+    """Of the same game twice: what differs from it differs for a reason."""
+    digest = digest_of_a_game(loaded, people_of(data, 8))
+    assert digest_of_a_game(loaded, people_of(data, 8)) == digest
+    return digest
+
+
+@pytest.mark.parametrize("field", USUAL)
+def test_every_option_does_something(model, data, usual_digest, field):
+    value = SMALL[field]
+    other = {str: "noise", bool: not value}.get(type(value))
+    if other is None:
+        other = value + (1 if isinstance(value, int) else .3)
+    digest = digest_of_a_game(model, people_of(data, 8), **{field: other})
+    assert digest != usual_digest, f"{field} is an option that does nothing"
+    code = (HERE / "faircon.py").read_text() + (HERE / "train.py").read_text()
+    assert f"options.{field}" in code, f"only this test passes {field} on"
+
+
+# ------------------------------------------------------------------ 4.1 LoRA
+
+@pytest.mark.parametrize("dropout", [0., .5])
+def test_lora_is_brute_force_forward_and_backward(dropout):
+    torch.manual_seed(0)
+    base, x = torch.nn.Linear(6, 5), torch.randn(4, 6)
+    layer = lora.LoRALinear(base, 3, 12., dropout)
+    assert torch.equal(layer(x), base(x)), "B = 0: LoRA begins as the base model"
+    assert .1 < layer.A.std() and layer.A.abs().max() <= 1 / math.sqrt(6)
+    shake([layer.B], 1.)
+    A, B = (factor.requires_grad_() for factor in copies([layer.A, layer.B]))
+    torch.manual_seed(1)
+    ours = layer(x)
+    torch.manual_seed(1)
+    reference = base(x) + F.linear(F.dropout(x, dropout), 12 / 3 * B @ A)
+    assert torch.allclose(ours, reference, atol=1e-5)
+    ours.pow(2).sum().backward()
     reference.pow(2).sum().backward()
-    assert torch.allclose(m.A.grad, A.grad, rtol=1e-3, atol=1e-3) and torch.allclose(m.B.grad, B.grad, rtol=1e-3, atol=1e-3)
+    assert close(layer.A.grad, A.grad) and close(layer.B.grad, B.grad)
+    layer.eval()
+    assert torch.allclose(layer(x), base(x) + 12 / 3 * x @ A.T @ B.T, atol=1e-5)
 
 
-def test_merge_then_unmerge_is_the_same_model(reader):
-    before = {k: v.clone() for k, v in reader.model.state_dict().items()}
-    wrapped, x = lora.inject(reader.model, 4, 16), torch.arange(20)[None]
-    assert len(wrapped) == 8
-    for m in wrapped:
-        torch.nn.init.normal_(m.B, std=.1)
-    plain = reader.model(x).logits
-    lora.merge(reader.model)
-    assert torch.allclose(plain, reader.model(x).logits, atol=1e-3)
-    lora.unmerge(reader.model)
-    assert all(torch.equal(before[k.replace(".base.", ".")], v) for k, v in reader.model.state_dict().items() if not k.endswith((".A", ".B")))
-    assert torch.equal(plain, reader.model(x).logits)
-    lora.inject(reader.model, 4, 16)
-    assert torch.equal(reader.model.state_dict()["transformer.h.0.attn.attention.q_proj.base.weight"],
-                       before["transformer.h.0.attn.attention.q_proj.weight"]), "a second injection begins anew"
+@torch.no_grad()
+def test_merge_unmerge_and_inject_again(model):
+    before, x = copies(model.model.state_dict().values()), torch.arange(20)[None]
+    untouched = model.model(x).logits
+    assert len(lora.inject(model.model, 4, 16.)) == 2 * 4, "q and v of every layer"
+    assert torch.equal(model.model(x).logits, untouched), "LoRA begins as the base"
+    shake(lora.theta(model.model))
+    apart = model.model(x).logits
+    assert (apart - untouched).abs().max() > .1
+    with pytest.raises(KeyError), lora.merged(model.model):
+        lora.merge(model.model)                                   # twice is once
+        assert torch.allclose(model.model(x).logits, apart, atol=1e-3)
+        raise KeyError
+    assert torch.equal(model.model(x).logits, apart), "unmerged, bit for bit"
+    lora.merge(model.model)
+    lora.inject(model.model, 4, 16.)
+    assert torch.equal(model.model(x).logits, untouched), "a second one begins anew"
+    lora.remove(model.model)
+    assert same(model.model.state_dict().values(), before)
 
 
 @pytest.mark.parametrize("r, share", [(4, .060), (32, .476)])
 def test_only_rank_32_is_the_papers_half_percent(r, share):
-    config = GPTNeoConfig()  # transformers' default is GPT-Neo-1.3B
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
     with torch.device("meta"):
-        model = GPTNeoForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) == 1_315_575_808
-    lora.inject(model.to("meta"), r, 16)
-    assert sum(p.numel() for p in lora.theta(model)) == 196_608 * r
-    assert lora.share(model) == pytest.approx(share, abs=.003)
+        network = GPTNeoForCausalLM(GPTNeoConfig())    # the default is GPT-Neo-1.3B
+    assert sum(p.numel() for p in network.parameters()) == 1_315_575_808
+    lora.inject(network, r)
+    assert sum(p.numel() for p in lora.theta(network)) == 196_608 * r
+    assert round(lora.share(network), 3) == share
 
 
-def test_lora_refuses_a_model_without_projections():
-    class Bare(torch.nn.Module):
-        config = GPTNeoConfig(num_layers=1, attention_types=[[["global"], 1]])
-    with pytest.raises(adult.InputError, match="q_proj"):
-        lora.inject(Bare())
-    with pytest.raises(adult.InputError, match="rank 0"):
-        lora.LoRALinear(torch.nn.Linear(2, 2), 0, 1.)
+def test_what_lora_cannot_do_is_refused(model):
+    with pytest.raises(InputError, match="rank 0"):
+        lora.inject(model.model, 0)
+    network = copy.deepcopy(model.model)
+    network.transformer.h[2].attn.attention.v_proj = torch.nn.Identity()
+    with pytest.raises(InputError, match="3 linear v_proj"):
+        lora.inject(network)
 
 
-def test_adapter_is_pefts(reader, tmp_path):
+def test_an_adapter_comes_back_from_its_files(model, tmp_path):
+    lora.inject(model.model, 4, 16., .1)
+    shake(lora.theta(model.model), .2)
+    theta = copies(lora.theta(model.model))
+    lora.save(model.model, tmp_path, adult.TINY)
+    lora.load(model.model, tmp_path)
+    assert same(lora.theta(model.model), theta)
+    for layer in lora.adapters(model.model).values():
+        assert (layer.r, layer.alpha, layer.dropout) == (4, 16., .1)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field, value in (("use_rslora", True), ("r", 8), ("bias", "all")):
+        changed = json.dumps({**described, field: value})
+        (tmp_path / "adapter_config.json").write_text(changed)
+        with pytest.raises(InputError, match="no adapter for this model"):
+            lora.load(model.model, tmp_path)
+        assert not lora.adapters(model.model), "half an adapter stayed"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")                     # peft's own
+def test_peft_reads_our_adapter(model, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    for m in lora.inject(reader.model, 4, 16):
-        torch.nn.init.normal_(m.B, std=.2)
-    lora.save(reader.model, tmp_path, adult.TINY)
-    x = torch.arange(30)[None]
-    base = AutoModelForCausalLM.from_pretrained(adult.TINY, dtype=torch.float32)
-    plain = base(x).logits
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()(x).logits
-    ours = reader.model(x).logits
-    assert torch.allclose(theirs, ours, atol=1e-5) and (ours - plain).abs().max() > .1
-    again = train.load_model(str(adult.TINY))[0]
-    lora.load(again.model, tmp_path)
-    assert torch.equal(again.model(x).logits, ours)
+    network, x = copy.deepcopy(model.model), torch.arange(30)[None]
+    plain = network(x).logits
+    lora.inject(model.model, 4, 16.)
+    shake(lora.theta(model.model), .2)
+    lora.save(model.model, tmp_path, adult.TINY)
+    theirs = peft.PeftModel.from_pretrained(network, tmp_path).eval()(x).logits
+    assert torch.allclose(theirs, model.model(x).logits, atol=1e-4)
+    assert (theirs - plain).abs().max() > .1, "wrong keys give an adapter of zeros"
 
 
-# ---------------------------------------------------------------- metrics.py
+# ------------------------------------------------------------------ 4.2 SWA
 
-def test_metrics_by_hand():
-    s, y = numpy.array([0, 0, 0, 0, 1, 1, 1, 1]), numpy.array([1, 1, 0, 0, 1, 1, 0, 0])
-    yhat = numpy.array([1, 1, 1, 0, 1, 0, 0, 0])
-    assert metrics.dpd(yhat, s) == .75 - .25
-    assert metrics.deo(yhat, y, s) == (1 - .5) + (.5 - 0), "Eq. (2) is a sum, not a maximum"
-    p = numpy.array([[.9, .4], [.2, .6], [.3, .3], [.1, .4]])
-    r = metrics.evaluate(p, [1, 1, 0, 0], [0, 1, 0, 1])
-    assert r["gap"] == pytest.approx(.3) and r["gap_signed"] == pytest.approx(-.05) and r["flip_rate"] == .5 and r["acc"] == 1
-    assert r["soft_acc"] == pytest.approx((.9 + .4 + .2 + .6 + .7 + .7 + .9 + .6) / 8)
-    assert r["soft_dpd"] == pytest.approx(.05) and r["soft_deo"] == pytest.approx(.15)
-
-
-def test_empty_group_is_undefined_not_fair():
-    with pytest.warns(UserWarning, match="nobody"):
-        assert math.isnan(metrics.dpd(numpy.array([1, 0]), numpy.array([0, 0])))
-
-
-def test_bootstrap_keeps_twins_together():
-    rng = numpy.random.default_rng(0)
-    p = rng.random((300, 1)).repeat(2, 1)  # no twin differs: no resampling of whole people can make a gap
-    y, s = rng.integers(2, size=300), rng.integers(2, size=300)
-    low, high = metrics.bootstrap(p, y, s, 50)["gap"]
-    assert low == high == 0
-    low, high = metrics.bootstrap(p, y, s, 200)["acc"]
-    assert low < metrics.evaluate(p, y, s)["acc"] < high
+def test_swa_is_the_librarys_average_and_goes_back():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    start, ours = copies(layer.parameters()), swa.SWA(layer.parameters())
+    theirs = torch.optim.swa_utils.AveragedModel(layer)
+    ours.apply()
+    assert same(layer.parameters(), start), "SWA of nothing changes nothing"
+    for _ in range(5):
+        for p in layer.parameters():
+            p.data += torch.randn(p.shape)
+        theirs.update_parameters(layer)
+        ours.update()
+    own = copies(layer.parameters())
+    with ours.averaged():
+        for p, average in zip(layer.parameters(), theirs.module.parameters()):
+            assert torch.allclose(p, average, atol=1e-6)
+    assert same(layer.parameters(), own) and ours.n == 5
+    ours.apply()
+    assert same(layer.parameters(), ours.average)
 
 
-# ---------------------------------------------------------------- adult.py
-
-@needs_real
-def test_the_papers_base_rates_come_from_a_label_bug():
-    for released, b, ratio in ((False, .1945, 3.18), (True, .1312, 5.23)):
-        people = [p for name in adult.SHA256 for p in adult.read(REAL / name, released)]
-        assert [round(v, k) for v, k in zip(adult.base_rates(people), (4, 2))] == [b, ratio]
-
-
-def test_cells_and_samples_are_exact(data):
-    assert adult.cells(200, .5) == {(0, 1): 75, (0, 0): 25, (1, 1): 25, (1, 0): 75}
-    people = people_of(data, 200, .5)
-    assert adult.base_rates(people) == (.5, 1.) and len(set(map(id, people))) == 200
-    with pytest.warns(UserWarning, match="not exact"):
-        adult.cells(16, .3)
-
-
-def test_test_rows_never_come_from_training_rows(data):
-    train_rows, test_rows = set(map(id, data.train)), set(map(id, data.test))
-    fit, validation, test, test_bpc = train.draw(data, train.parser().parse_args(["--test-rows", "100"]), 0)
-    assert not set(map(id, fit)) & set(map(id, validation)) and {id(p) for p in fit + validation} <= train_rows
-    assert {id(p) for p in test + test_bpc} <= test_rows
-
-
-def test_twins_differ_in_sex_alone_and_hold_no_answer(data):
-    for p in data.test[:50]:
-        m, f = adult.twins(p)
-        assert m.replace("sex Male", "sex Female") == f and adult.text(p) == adult.twins(p)[p.s] and m.endswith("label:")
-        assert adult.text(p) == adult.text(p._replace(y=1 - p.y)), "the text must not know the label"
-
-
-def test_counterbalanced_shots_have_no_bias(data):
-    prompt = adult.few_shot(data.train, 16, .5, numpy.random.default_rng(0), counterbalance=True)
-    lines = re.findall(r"sex (\w+),.*\nlabel: (\d)", prompt)
-    rate = {s: numpy.mean([int(y) for t, y in lines if t == s]) for s in adult.SEXES}
-    assert len(lines) == 16 and rate["Male"] == rate["Female"]
-
-
-# ---------------------------------------------------------------- f_theta
-
-def plain(reader, g, person, embeds=None):
-    """The whole text of each twin in one ordinary forward pass: what Reader must equal."""
-    out = []
-    for x in adult.twins(person):
-        ids = torch.tensor(reader.ids(("\n" if g is not None or embeds is not None else "") + adult.INSTRUCTION + x))
-        rows = reader.model.get_input_embeddings()(torch.cat([torch.tensor(g), ids]) if g is not None else ids)
-        out.append(reader.model(inputs_embeds=torch.cat([embeds, rows])[None] if embeds is not None else rows[None]).logits[0, -1])
-    return torch.stack(out)
-
-
-def test_shared_computation_equals_plain_forward_in_value_and_gradient(reader, data):
-    for m in lora.inject(reader.model, 4, 16):
-        torch.nn.init.normal_(m.B, std=.05)
-    people, theta = people_of(data, 8), lora.theta(reader.model)
-    onehot = F.one_hot(torch.arange(5), len(reader.embed)).float().requires_grad_()
-    ours = reader(reader.prefix(onehot), reader.questions(people))
-    mine = torch.autograd.grad(faircon.gap(ours), [onehot, *theta])
-    embeds = onehot @ reader.embed
-    theirs = torch.stack([plain(reader, None, p, embeds) for p in people], 1)
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    reference = torch.autograd.grad(faircon.gap(theirs), [onehot, *theta])
-    for a, b in zip(mine, reference):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), "a cached path with another gradient trains another model"
-
-
-def test_few_shot_cache_equals_plain_forward(reader, data):
-    shots = adult.few_shot(data.train, 16, .5, numpy.random.default_rng(0))
-    people = people_of(data, 4)
-    p, _ = reader.predict(reader.questions(people), context=shots)
-    for person, row in zip(people, p):
-        for k, x in enumerate(adult.twins(person)):
-            q = reader.model(torch.tensor([reader.ids(shots + x)])).logits[0, -1].softmax(-1)[reader.answers]
-            assert (q[1] / q.sum()).item() == pytest.approx(row[k], abs=1e-5)
-
-
-def test_tokens_are_counted_as_the_model_reads_them(reader, data):
-    read, hook = [], reader.model.transformer.h[0].register_forward_hook(lambda m, x, y: read.append(x[0].shape[0] * x[0].shape[1]))
-    question = reader.questions(people_of(data, 2)[:1])  # one person: both twins of one length, nothing padded
-    for call in (lambda: reader(reader.prefix([5, 6]), question), lambda: reader.predict(question), lambda: reader.write(3, 4, None)):
-        reader.tokens = reader.flop = 0
-        read.clear()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call()
-        products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-        assert reader.tokens == sum(read) and reader.flop == pytest.approx(products, rel=.02)  # biases and norms are counted, too
-    hook.remove()
-
-
-def test_write_samples_what_the_plain_forward_says(reader):
-    ours = reader.write(2, 6, torch.Generator().manual_seed(3))
-    generator, texts = torch.Generator().manual_seed(3), torch.empty(2, 0, dtype=torch.long)
-    start = torch.tensor([reader.ids(adult.INSTRUCTION)] * 2)
-    for _ in range(6):
-        logits = reader.model(torch.cat([start, texts], 1)).logits[:, -1] + reader.mask
-        texts = torch.cat([texts, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-    assert ours == texts.tolist()
-
-
-def test_gap_is_the_mean_of_unsquared_norms():
-    z = torch.randn(2, 4, 9)
-    p = z.softmax(-1)
-    by_hand = sum(math.sqrt(((p[0, i] - p[1, i]) ** 2).sum().item()) for i in range(4)) / 4
-    assert faircon.gap(z).item() == pytest.approx(by_hand, abs=1e-4)
-    y = p[..., :2] / p[..., :2].sum(-1, keepdim=True)
-    assert faircon.gap(torch.cat([y.log(), torch.full((2, 4, 7), -50.)], -1)).item() >= math.sqrt(2) * (y[0] - y[1])[:, 1].abs().mean() - 1e-3
-
-
-def test_task_reads_the_twin_that_is_the_person(data):
-    people, z, answers = people_of(data, 8), torch.randn(2, 8, 9), torch.tensor([3, 5])
-    by_hand = numpy.mean([-z[p.s, i].log_softmax(-1)[answers[p.y]].item() for i, p in enumerate(people)])
-    assert faircon.task(z, people, answers).item() == pytest.approx(by_hand, abs=1e-5)
-    other = z.clone()
-    other[[1 - p.s for p in people], range(8)] += torch.randn(8, 9)
-    assert faircon.task(other, people, answers).item() == pytest.approx(by_hand, abs=1e-5)
-    assert faircon.task(other, people, answers, both=True) != faircon.task(z, people, answers, both=True)
-
-
-# ---------------------------------------------------------------- the game
-
-def test_adversary_raises_the_gap_and_touches_phi_alone(reader, data):
-    seen = []
-    for seed in range(3):  # some first draws are lucky
-        game = game_of(reader, data, seed, phi_lr=1.)
-        theta, phi = [p.detach().clone() for p in game.theta], game.adversary.phi[0].detach().clone()
-        seen.append([game.adversary.step(game.questions, 0) for _ in range(45)])
-    seen = numpy.mean(seen, 0)
-    assert seen[-20:].mean() > 1.2 * seen[:10].mean(), "phi maximises the gap"
-    assert all(p.grad is None and torch.equal(p, w) and p.requires_grad for p, w in zip(game.theta, theta))
-    assert not torch.equal(phi, game.adversary.phi[0])
-
-
-def test_adversary_begins_around_a_text(reader, data):
-    adversary, text = game_of(reader, data).adversary, reader.usable[:10]
-    adversary.renew(adversary.around([text, text]))
-    kept = numpy.mean([a == b for _ in range(200) for a, b in zip(adversary.ids(1), text)])
-    assert kept == pytest.approx(14 / 15, abs=.03)
-
-
-def test_a_step_moves_its_own_restart_alone(reader, data):
-    game = game_of(reader, data)
-    before = [p.detach().clone() for p in game.adversary.phi]
-    for restart in (0, 1, 1):
-        game.adversary.step(game.questions, restart)
-        now, before = before, [p.detach().clone() for p in game.adversary.phi]
-        assert [torch.equal(a, b) for a, b in zip(now, before)] == [restart == 1, restart == 0], "Adam's momentum moves nobody else"
-
-
-def test_batches_are_passes_and_of_like_length(reader, data):
-    game = game_of(reader, data, batch_size=3)
-    batches = list(itertools.islice(game.batches(), 14))
-    assert all(sorted(itertools.chain(*some)) == list(range(20)) for some in (batches[:7], batches[7:])) and batches[:7] != batches[7:]
-    lengths = [len(game.questions[i][0]) for i in itertools.chain(*batches[:4])]
-    assert lengths == sorted(lengths)
-
-
-def test_the_attack_leaves_the_model_as_it_was(reader, data):
-    game = game_of(reader, data)
-    for p in game.theta:
-        torch.nn.init.normal_(p, std=.1)
-    base, seen, step = reader.model.state_dict(), [], game.adversary.step
-    before = {k: v.clone() for k, v in base.items()}
-    reader.model.train()
-    game.adversary.step = lambda *x: seen.append((reader.model.training, [m.original is None for m in lora.adapters(reader.model)])) or step(*x)
-    game.round(theta=False)
-    assert len(seen) == 4 and not any(training or any(apart) for training, apart in seen), "phi attacks the merged model, without dropout"
-    assert reader.model.training and all(torch.equal(before[k], v) for k, v in reader.model.state_dict().items())
-
-
-def test_past_prompts_come_in_all_lengths(reader, data):
-    game = game_of(reader, data)
-    game.pool = [reader.usable[:10]]
-    past = [game.prompts()[2] for _ in range(200)]
-    assert {len(g) for g in past} == set(range(1, 11)) and all(g == reader.usable[:10][-len(g):] for g in past)
-
-
-def test_other_sign_is_equation_4(reader, data):
-    game = game_of(reader, data, sign=-1, phi_lr=1.)
-    seen = [game.adversary.step(game.questions, 0) for _ in range(60)]
-    assert numpy.mean(seen[-20:]) < .9 * numpy.mean(seen[:10]), "Eq. (4) minimises the gap"
-
-
-def test_model_step_lowers_the_gap_and_leaves_the_base_alone(reader, data):
-    game = game_of(reader, data, lam=3., warm_up=-1.)
-    base = {k: v.clone() for k, v in reader.model.state_dict().items() if not k.endswith((".A", ".B"))}
-    game.pool = [reader.usable[:10]]
-    seen = [game.model_step(range(20), 3.)[1] for _ in range(15)]
-    assert numpy.mean(seen[-3:]) < numpy.mean(seen[:3])
-    assert all(torch.equal(base[k], v) for k, v in reader.model.state_dict().items() if k in base), "only LoRA may change"
-
-
-def test_model_step_descends_on_equation_3(reader, data, monkeypatch):
-    """The prompts' gradients, one backward pass each, add up to that of mean task + lam * THREE * mean gap."""
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
-    game = game_of(reader, data)
-    game.prompts, game.optimiser.step = lambda: [None, reader.usable[:10]], lambda: None
-    for lam in (0., 2.):
-        t, d = (sum(x) / 2 for x in zip(*(game.loss(range(10), g) for g in game.prompts())))
-        reference = torch.autograd.grad(t + lam * faircon.THREE * d, game.theta)
-        assert game.model_step(range(10), lam) == pytest.approx([t.item(), d.item()], abs=1e-6)
-        assert all(torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5) for p, g in zip(game.theta, reference)) and game.theta[1].grad.norm() > 1e-3
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(reader, data):
-    game = game_of(reader, data, prompts="none")
-    game.theta[0].data[:] = float("nan")
-    with pytest.raises(adult.InputError, match="round 1"):
-        game.model_step(range(4), 0.)
-
-
-@pytest.mark.parametrize("starts", ["written", "noise"])
-def test_state_and_restore_go_on_bit_for_bit(data, starts):
-    ends = []
-    for cut in (False, True):
-        game = game_of(train.load_model(str(adult.TINY))[0], data, rounds=2, starts=starts)
+def test_the_game_averages_the_last_share_of_its_steps(model, data, monkeypatch):
+    """5 rounds of 2 steps, the last .4: the weights after the last 4 steps."""
+    game = game_of(model, people_of(data, 8), rounds=5, swa=.4, phi_steps=0, lr=.01)
+    weights = []
+    spy(monkeypatch, game, "theta_step", lambda *_: weights.append(copies(game.theta)))
+    for _ in range(5):
         game.round()
-        if cut:
-            saved = game.state()
-            game = game_of(train.load_model(str(adult.TINY))[0], data, rounds=2, starts=starts)
-            game.restore(saved)
-        game.round()
-        ends.append([p.detach().clone() for p in game.theta] + game.swa.average + game.adversary.phi)
-    assert all(torch.equal(a, b) for a, b in zip(*ends))
+    assert (len(weights), game.swa.n) == (10, 4), "averaged too early, or too late"
+    for average, *last in zip(game.swa.average, *weights[6:]):
+        assert torch.allclose(average, torch.stack(last).mean(0), atol=1e-6)
+    assert same(game.theta, weights[-1]), "the game itself goes on unaveraged"
 
 
-def test_attacks_beat_search_at_equal_budget(reader, data):
-    lora.inject(reader.model, 8, 16)
-    game = faircon.Game(reader, people_of(data, 60, .5), people_of(data, 8),
-                        faircon.Options(lam=0., prompts="none", rounds=4, swa=0., lr=3e-3), 0)
-    for _ in range(4):
-        game.round()
-    lora.merge(reader.model)
-    questions = reader.questions(people_of(data, 8, seed=5))
-    best = {f.__name__: numpy.mean([f(reader, questions, 10, 160, numpy.random.default_rng(k))[0] for k in range(draws)])
-            for f, draws in ((faircon.random_search, 5), (faircon.written_search, 2), (faircon.gumbel_attack, 2), (faircon.gcg, 5))}
-    assert best["gcg"] > max(best["random_search"], best["written_search"]), best
-    assert best["gumbel_attack"] > best["written_search"], best
+# ------------------------------------------------------------------ tiny/
+
+@pytest.mark.parametrize("b", [1., -1.])
+def test_the_embedded_model_learns_in_context(model, data, b):
+    """Three draws of 16 shots: the signed gap is about .65 towards whom they favour."""
+    gaps = []
+    for seed in range(3):
+        rng = numpy.random.default_rng(seed)
+        shots = adult.few_shot(data.train, 16, b, rng)
+        people = adult.sample(data.test, 4, 0., rng)
+        gaps.append(faircon.measure(model, people, context=shots)["signed_gap"])
+    assert b * numpy.mean(gaps) > .4, "the shots' bias does not reach the answers"
 
 
-# ---------------------------------------------------------------- tiny/
-
-def test_embedded_model_learns_in_context(reader, data):
-    signed = {}
-    for b in (1., 0., -1.):
-        r = [metrics.evaluate(reader.predict(reader.questions(some), context=adult.few_shot(data.train, 16, b, rng))[0],
-                              [p.y for p in some], [p.s for p in some])
-             for rng in map(numpy.random.default_rng, range(3)) for some in [adult.sample(data.test, 40, 0., rng)]]
-        signed[b] = numpy.mean([x["gap_signed"] for x in r])
-    assert signed[1.] > .4 and signed[-1.] < -.4 and abs(signed[0.]) < .2, signed
-    p, mass = reader.predict(reader.questions(adult.sample(data.test, 200, 0., numpy.random.default_rng(0))))
-    assert mass > .95
+def test_the_embedded_tokenizer_loses_nothing(model, data):
+    texts = ["naïve café — 東京 🙂\t  two  spaces\n\x00, label: person ,sex"]
+    texts += map(adult.shot, data.train[:1000] + data.test[:1000])
+    for text in texts:
+        assert model.decode(encode(model, text)) == text
+    assert all(len(encode(model, word)) == 1 for word in (" 0", " 1", " Female"))
 
 
-def test_embedded_tokenizer_loses_nothing(data):
-    tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
-    for p in data.train + data.test:
-        assert tokenizer.decode(tokenizer.encode(adult.text(p) + adult.answer(p))) == adult.text(p) + adult.answer(p)
-    assert all(len(tokenizer.encode(w)) == 1 for w in (" 0", " 1", " Male", " Female"))
-    odd = "naïve café — 東京 🙂\t  two  spaces\n\x00, label: person ,sex"
-    assert tokenizer.decode(tokenizer.encode(odd)) == odd
+def test_the_synthetic_twin_is_like_adult(data):
+    assert "SYNTHETIC" in data.source
+    assert (len(data.train), len(data.test)) == (8000, 4000)
+    assert adult.base_rates(data.train)[0] == pytest.approx(.1963, abs=.01)
+    assert adult.base_rates(data.test)[0] == pytest.approx(.1911, abs=.01)
+    relationship = adult.COLUMNS.index("relationship")
+    for person in data.train + data.test:
+        implied = {"Husband": 0, "Wife": 1}.get(person.values[relationship], person.s)
+        assert person.s == implied
 
 
-@pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's tokenizer is not there")
-def test_gpt2_tokenizer_answers_and_context_limit(data):
-    from transformers import GPT2Tokenizer
-    tokenizer = GPT2Tokenizer(vocab=str(GPT2 / "vocab.json"), merges=str(GPT2 / "merges.txt"))
-    model = GPTNeoForCausalLM(GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
-                                           max_position_embeddings=128)).eval()
-    reader = faircon.Reader(model, tokenizer)
-    assert reader.answers.tolist() == [657, 352]
-    person = data.test[0]
-    ours = reader(reader.prefix([5, 6, 7]), reader.questions([person]))[:, 0]
-    assert torch.allclose(ours, plain(reader, [5, 6, 7], person), atol=1e-5)
-    with pytest.raises(adult.InputError, match="context"):
-        reader.predict(reader.questions([person]), context=adult.few_shot(data.train, 16, 0., numpy.random.default_rng(0)))
-
-
-def test_the_twin_is_adults_but_copies_nobody():
-    twin = adult.load(adult.TINY)
-    assert "SYNTHETIC" in twin.source and (len(twin.train), len(twin.test)) == (8000, 4000)
-    assert abs(adult.base_rates(twin.train)[0] - .1963) < .01 and abs(adult.base_rates(twin.test)[0] - .1911) < .01
-    for p in twin.train + twin.test:
-        row = dict(zip(adult.COLUMNS, p.values))
-        assert row["relationship"] not in ("Husband", "Wife") or row["sex"] == ("Male" if row["relationship"] == "Husband" else "Female")
+def shapes(people):
+    """Rows without fnlwgt, which alone would make each one unique."""
+    return [p.values[:2] + p.values[3:] + (p.y,) for p in people]
 
 
 @needs_real
-def test_the_twin_coincides_with_real_rows_no_more_than_chance(data):
-    def shape(people):
-        return [p.values[:2] + p.values[3:] + (p.y,) for p in people]
-    real, twin = set(shape(data.train)), adult.load(adult.TINY)
-    chance = numpy.mean([r in real for r in shape(data.test)])
-    assert numpy.mean([r in real for r in shape(twin.train + twin.test)]) <= chance
+def test_the_synthetic_twin_copies_nobody_beyond_chance(data):
+    real = set(shapes(adult.read(REAL / "adult.data")))
+    unseen = shapes(adult.read(REAL / "adult.test"))
+    chance = numpy.mean([shape in real for shape in unseen])
+    twin = shapes(data.train + data.test)
+    assert numpy.mean([shape in real for shape in twin]) <= chance
 
 
-# ---------------------------------------------------------------- the command
+# ------------------------------------------------------------------ the lessons
 
-def command(*words, cwd, ok=True, launcher=(sys.executable,)):
-    done = subprocess.run([*launcher, str(HERE / "train.py"), *words], cwd=cwd, capture_output=True, text=True, timeout=170)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
-
-
-def without_timings(results):
-    timing = ("seconds", "tokens_per_second", "peak_gb", "phases", "versions", "name")
-    if isinstance(results, dict):
-        return {k: without_timings(v) for k, v in results.items() if k not in timing}
-    return [without_timings(v) for v in results] if isinstance(results, list) else results
+def run_lesson(name, folder):
+    """A lesson as a reader runs it, without a cache and without a network."""
+    environment = {k: v for k, v in os.environ.items() if k.lower() not in PROXIES}
+    environment.update(HOME=str(folder), XDG_CACHE_HOME=str(folder),
+                       PYTHONIOENCODING="utf-8", https_proxy=closed_port())
+    return subprocess.run([sys.executable, str(HERE / f"{name}.py")], cwd=folder,
+                          env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_the_real_command(tmp_path):
-    out = command("--data", DATA, *SMALL[:-1], "quick", cwd=tmp_path).stdout
-    results = json.loads((tmp_path / "runs/default/results.json").read_text())
-    assert {"config", "versions", "data", "rows", "summary"} <= set(results)
-    names = [r["name"] for r in results["rows"]]
-    assert names == ["constant", "frozen", "fine-tuned", "both twins (CDA)", "FairCon"]
-    for row in results["rows"]:
-        assert {"lam", "seed", "acc", "acc_bpc", "dpd", "deo", "gap", "gap_signed", "flip_rate", "ci", "prompt", "seconds",
-                "tokens_per_second", "peak_gb"} <= set(row)
-        assert row["ci"]["acc"][0] <= row["acc"] <= row["ci"]["acc"][1]
-    assert "gcg 10" in results["rows"][-1]["worst"] and "63 0.183 0.142" in out and "adversarial prompt" in out
-    assert not list((tmp_path / "runs").rglob("*.part"))
-    assert "exactly" in command("--eval", "runs/default", cwd=tmp_path).stdout
-
-
-def test_tables_1_and_2_and_equation_4(tmp_path):
-    common = ["--data", DATA, "--test-rows", "20"]
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory):
+    """All of them, two at a time."""
+    folder = tmp_path_factory.mktemp("home")
     with ThreadPoolExecutor(2) as pool:
-        prompt_only = pool.submit(command, *common, *SMALL, "--prompt-only", cwd=tmp_path)
-        tables = pool.map(lambda t: command(*common, "--table", t, "--shots", "4", "--name", t, cwd=tmp_path).stdout, "12")
-    lines = {re.split(r"  +", line)[0]: line for out in tables for line in out.splitlines()}
-    for name, paper in (("b = 0", "75.5"), ("b = 0.5", "70.5"), ("b = 1", "68.5"), ("natural, natural test", "85"),
-                        ("b = 0, counterbalanced", "81.5")):
-        assert paper in lines[name].split("   ")[-1], "the paper's figures must stand beside their own row"
-    assert "frozen, fair prompt" in prompt_only.result().stdout
+        done = pool.map(run_lesson, LESSONS, [folder] * len(LESSONS))
+        return dict(zip(LESSONS, done))
 
 
-@pytest.mark.parametrize("shots", [None, 4])
-def test_cost_counts_what_it_times(shots):
-    a = train.parser().parse_args(["--data", DATA, "--batch-size", "2", "--prompt-length", "5"])
-    phases, steps, gb, rate = train.cost_of(a, shots, seconds=.2)
-    assert set(phases) == ({"evaluation"} if shots else {"phi", "theta"}) and steps and gb > .1 and rate > 1
-    assert all(p["seconds"] > 0 and p["tokens_per_second"] > 0 and p["gflop_per_second"] < rate for p in phases.values())
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_runs_and_ends_in_an_exercise(lessons, name):
+    done = lessons[name]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "now try" in done.stdout.strip().splitlines()[-1]
+    assert "Warning" not in done.stderr, done.stderr
 
 
-def child(folder, words):
-    os.chdir(folder)
-    sys.stderr = sys.stdout = open(os.devnull, "w")
-    train.main(words)
+# ------------------------------------------------------------------ the house
+
+def sources():
+    """Every file of ours."""
+    folders = (HERE, HERE / "beyond", HERE / "tiny")
+    return sum((sorted(folder.glob("*.py")) for folder in folders), [])
 
 
-def test_killed_at_20_moments_ends_as_if_never_killed(tmp_path):
-    """SIGKILL at random moments: no half-written file, no lost round, nothing twice, the same JSON."""
-    context, rng = multiprocessing.get_context("forkserver"), numpy.random.default_rng(0)
-    context.set_forkserver_preload(["torch", "transformers", "train", "faircon", "test_faircon"])
-    words = ["--data", str(tmp_path), *SMALL, "--rounds", "8"]
-    for name in adult.SHA256:  # few rows: reading the data must not take all the time
-        lines = (pathlib.Path(DATA) / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join(lines[:3000]) + "\n")
-
-    def start(folder, *more):
-        folder.mkdir(exist_ok=True)
-        p = context.Process(target=child, args=(str(folder), words + list(more)))
-        p.start()
-        return p
-    whole = start(tmp_path / "whole")
-    began = time.time()
-    whole.join()
-    wall, kills, folder = time.time() - began, 0, tmp_path / "cut"
-    state, reference = folder / "runs/default/state.pt", json.loads((tmp_path / "whole/runs/default/results.json").read_text())
-    progress = (0, 0)
-    while kills < 20:
-        p = start(folder, *(["--resume"] if state.exists() else []))
-        p.join(float(rng.uniform(.2, .8)) * min(wall, .8))
-        if p.exitcode is not None:
-            assert p.exitcode == 0
-            shutil.rmtree(folder)  # it finished before the blow: begin another
-            progress = (0, 0)
-            continue
-        os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        kills += 1
-        if state.exists():
-            saved = torch.load(state, weights_only=False)
-            now = (len(saved["rows"]), saved["game"]["done"] if saved["game"] else 0)
-            assert now >= progress, "a finished round was lost"
-            progress = now
-    p = start(folder, *(["--resume"] if state.exists() else []))
-    p.join()
-    assert p.exitcode == 0
-    assert without_timings(json.loads((folder / "runs/default/results.json").read_text())) == without_timings(reference)
+def test_no_line_is_wider_than_half_a_screen():
+    for path in sources():
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            assert len(line) <= 88, f"{path.name}, line {number}"
 
 
-def test_two_processes_equal_one(tmp_path):
-    words = ["--data", DATA, "--rows", "20", "--test-rows", "40", "--rounds", "1", "--phi-steps", "2", "--attack", "none"]
-    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: command(*words, "--name", name, cwd=tmp_path, launcher=launchers[name]), launchers))
-    from safetensors.torch import load_file
-    ends = [load_file(tmp_path / "runs" / name / "adapter/adapter_model.safetensors") for name in launchers]
-    assert max((ends[0][k] - ends[1][k]).abs().max().item() for k in ends[0]) < 1e-5
+def imports(path):
+    """What a file of ours imports, inside functions and lessons too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-# ---------------------------------------------------------------- bad input
-
-def broken_data(folder, kind):
-    good = (pathlib.Path(DATA) / "adult.data").read_text().splitlines()[:40]
-    rows = {"empty": "", "truncated": "\n".join(good)[:-30], "html": "<html><body>404, not found</body></html>\n",
-            "columns": "\n".join(",".join(r.split(",")[:14]) for r in good), "header": "age,workclass\n" + "\n".join(good),
-            "label": "\n".join(r.replace("<=50K", "poor") for r in good), "sex": "\n".join(r.replace(" Male", " M") for r in good),
-            "few": "\n".join(good), "order": "\n".join(", ".join(r.split(", ")[::-1]) for r in good)}
-    folder.mkdir()
-    for name in adult.SHA256:
-        (folder / name).write_text(rows.get(kind, "\n".join(good)))
-    if kind == "encoding":
-        (folder / "adult.data").write_bytes("39, Größe".encode("utf-16"))
-    if kind == "one missing":
-        (folder / "adult.test").unlink()
-    if kind == "a folder":
-        (folder / "adult.data").unlink()
-        (folder / "adult.data").mkdir()
-    return ["--data", str(folder)]
+def test_no_circle_of_imports_and_no_lesson_needs_beyond():
+    graph = {}
+    for path in sources():
+        if not path.name.startswith(("test_", "__init__")):
+            name = ".".join(path.relative_to(HERE).with_suffix("").parts)
+            graph[name] = imports(path)
+    for name in LESSONS:
+        assert not any(other.startswith("beyond") for other in graph[name]), name
+    used = {other for other in graph["train"] if "." in other} & set(graph)
+    assert used <= {"beyond.fast", "beyond.runs", "beyond.options"}
+    while graph:
+        free = [name for name in graph if not graph[name] & set(graph)]
+        assert free, f"these import each other in a circle: {', '.join(graph)}"
+        for name in free:
+            del graph[name]
 
 
-def broken_model(folder, kind):
-    shutil.copytree(adult.TINY, folder, ignore=shutil.ignore_patterns("adult.*", "*.py", "*.state"))
-    if kind == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif kind == "truncated weights":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100_000])
-    elif kind == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-        (folder / "tokenizer_config.json").unlink()
-    elif kind == "broken config":
-        (folder / "config.json").write_text("{")
-    elif kind == "no config":
-        (folder / "config.json").unlink()
-    elif kind == "not a causal LM":
-        from transformers import ViTConfig, ViTModel
-        ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)).save_pretrained(folder)
-    elif kind == "no q_proj":
-        from transformers import GPT2Config, GPT2LMHeadModel
-        GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
-    elif kind == "other weights":
-        from safetensors.torch import save_file
-        save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    elif kind == "answers of several tokens":
-        text = json.loads((folder / "tokenizer.json").read_text())
-        text["model"]["merges"], text["model"]["vocab"] = [], {k: v for k, v in text["model"]["vocab"].items() if len(k) == 1}
-        (folder / "tokenizer.json").write_text(json.dumps(text))
-    return ["--data", DATA, "--model", str(folder)]
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_grep_finds_every_equation(k):
+    texts = [(HERE / f"{name}.py").read_text("utf-8") for name in LESSONS]
+    assert any(f"Eq. ({k})" in text for text in texts)
 
 
-def file_where_a_folder_belongs(t):
-    (t / "runs").write_text("")
-    return []
+def defined(path):
+    """Names of the functions, classes, constants and fields of a file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
 
-
-def damaged_state(t):
-    (t / "runs/default").mkdir(parents=True)
-    (t / "runs/default/state.pt").write_bytes(b"no")
-    return ["--resume"]
-
-
-def other_state(t):
-    (t / "runs/default").mkdir(parents=True)
-    torch.save({"config": {"bpc": .1}, "rows": [], "game": None}, t / "runs/default/state.pt")
-    return ["--resume"]
-
-
-def wrong_adapter(t):
-    (t / "r/adapter").mkdir(parents=True)
-    (t / "r/results.json").write_text(json.dumps({"config": {"model": str(adult.TINY), "dtype": "float32", "device": "cpu"},
-                                                       "rows": [{"name": "FairCon"}]}))
-    return ["--eval", "r"]
-
-
-def no_faircon(t):
-    wrong_adapter(t)
-    (t / "r/results.json").write_text((t / "r/results.json").read_text().replace("FairCon", "fine-tuned"))
-    return ["--eval", "r"]
-
-
-def bad_checksum(t):
-    cache = t / "cache" / "faircon"
-    broken_data(t / "d", "few")
-    cache.parent.mkdir()
-    shutil.copytree(t / "d", cache)
-    return ["--data-from-cache"]
-
-
-OPTION = [("--bpc 1.5", "bpc|b_Pc"), ("--bpc -1.01", "b_Pc"), ("--bpc nan", "b_Pc"), ("--lam -1", "lam"), ("--lam nan", "lam"),
-          ("--lam 1 inf", "lam"), ("--rank 0", "rank"), ("--rank -3", "rank"), ("--tau 0", "tau"), ("--tau -1", "tau"), ("--tau nan", "tau"),
-          ("--rows 0", "rows"), ("--rows 7", "even"), ("--rows 100000", "fewer rows"), ("--test-rows 2", "test-rows"),
-          ("--test-rows 90000", "fewer rows"), ("--batch-size 0", "batch-size"), ("--rounds 0", "rounds"), ("--lr 0", "lr"),
-          ("--lr nan", "lr"), ("--swa 2", "swa"), ("--warm-up 2", "warm-up"), ("--dropout 1", "dropout"), ("--seeds 0", "seeds"), ("--seed -1", "seed"),
-          ("--prompt-length 0", "prompt-length"), ("--prompt-length 5000", "context"), ("--table 1 --shots 60", "context"),
-          ("--table 4", "invalid choice"), ("--bcp 0.5", "did you mean --bpc"), ("--lamda 1", "did you mean --lam"), ("--rows x", "invalid int"),
-          ("--device cuda:9", "device"), ("--device tpu", "device"), ("--dtype int8", "invalid choice"), ("--name ../x", "name"),
-          ("--plot x.doc", "ending"), ("--plot no/where.png", "folder"), ("--eval nowhere", "results.json"), ("--resume", "no interrupted run"),
-          ("--model nowhere", "not a model directory"), ("--data nowhere", "does not exist")]
-FOLDERS = [(broken_data, k, w) for k, w in (("empty", "no rows"), ("truncated", "columns"), ("html", "columns"), ("columns", "columns"),
-           ("header", "columns"), ("label", "label"), ("sex", "sex"), ("few", "needed"), ("encoding", "UTF-8"), ("one missing", "does not exist"),
-           ("a folder", "cannot be read"), ("order", "order"))]
-FOLDERS += [(broken_model, k, w) for k, w in (("no weights", "loaded"), ("truncated weights", "loaded"), ("no tokenizer", "loaded|tokens"),
-            ("broken config", "loaded"), ("no config", "config.json"), ("not a causal LM", "loaded"), ("no q_proj", "q_proj"),
-            ("other weights", "lacks weights"), ("answers of several tokens", "single tokens"))]
-MADE = [(file_where_a_folder_belongs, "written"), (damaged_state, "damaged"), (other_state, "another --"), (wrong_adapter, "no adapter"), (no_faircon, "no FairCon model"),
-        (bad_checksum, "checksums")]
-
-
-@pytest.mark.parametrize("case", OPTION + FOLDERS + MADE, ids=lambda c: c[0] if isinstance(c[0], str) else f"{c[0].__name__} {c[1]}")
-def test_bad_input_is_one_clear_sentence(case, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(adult, "load", load_once)  # seventy times the same files
-    if isinstance(case[0], str):
-        words = case[0].split() + ([] if "--data" in case[0] else ["--data", DATA])
-    else:
-        words = case[0](tmp_path, *case[1:-1]) if len(case) == 2 else case[0](tmp_path / "given", case[1])
-        if "--data-from-cache" in words:
-            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-            words = []
-        elif "--data" not in words:
-            words += ["--data", DATA]
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
-        warnings.simplefilter("ignore")
-        train.main(words)
-    captured = capfd.readouterr()
-    message = str(stopped.value) if stopped.value.code not in (1, 2) else captured.err.strip().splitlines()[-1]
-    assert stopped.value.code != 0 and message.startswith("train.py: ") and "\n" not in message.strip(), message
-    assert re.search(case[-1], message) and "Traceback" not in captured.err, message
-    assert not list(tmp_path.rglob("*.part"))
-    assert not list((tmp_path / "runs").glob("*/results.json"))
-
-
-def test_help_is_fast_and_explains_every_flag():
-    began = time.time()
-    out = subprocess.run([sys.executable, str(HERE / "train.py"), "--help"], capture_output=True, text=True).stdout
-    assert time.time() - began < 1.5 and "paper" in out and "b_Pc" in out
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---------------------------------------------------------------- README
 
 def test_readme_names_only_what_exists():
-    readme = (HERE / "README.md").read_text()
-    names = re.findall(r"`(adult|faircon|gumbel|lora|metrics|swa|train)\.py:([\w.]+)`", readme)
-    assert len(names) >= 12
-    for module, name in names:
-        thing = globals()[module]
-        for part in name.split("."):
-            assert hasattr(thing, part), f"README names {module}.py:{name}, which does not exist"
-            thing = getattr(thing, part)
-
-
-def test_every_equation_is_found_by_grep():
-    code = "".join(p.read_text() for p in HERE.glob("*.py") if p.name != "test_faircon.py")
-    assert all(f"Eq. ({k})" in code for k in (1, 2, 3, 4))
+    readme = (HERE / "README.md").read_text("utf-8")
+    for file, name in re.findall(r"([\w/]+\.py):([A-Za-z_][\w.]*)", readme):
+        assert (HERE / file).is_file(), f"README names {file}"
+        missing = set(name.strip(".").split(".")) - defined(HERE / file)
+        assert not missing, f"README names {file}:{name}"

@@ -1,719 +1,626 @@
-"""Sections 4 and 5: train, measure, print the tables. `python train.py --bpc 0.5 --lam 1.0` is Table 3; `--help` explains the rest.
+"""Sections 2, 4 and 5: train, measure, print Tables 1 to 3.
 
-Where we depart from the paper: train rows come from adult.data and test rows from adult.test, prompts are chosen on
-validation rows of adult.data, and every model is also attacked with prompts it never saw.
+    python train.py --bpc 0.5 --lam 1.0     Table 3
+    python train.py --table 1               Table 1 (--table 2: Table 2)
+    python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
+    python train.py --paper                 every option as in the paper
+
+    Table 3's models     what is trained, on what
+    always-0             nothing: the answer is 0          constant
+    not-trained          nothing                           the model as it is
+    fine-tuned           theta, on the task alone          lam = 0, no phi
+    cda                  the same, each row with its twin  counterfactual data
+    paper                theta and phi, Eq. (3)            PAPER
+    faircon              theta and phi, Eq. (3)            faircon.Options
+
+PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
+released code trains and measures on the same 200. Here: adult.split.
 """
 import argparse
-import contextlib
-import ctypes
-import difflib
+import dataclasses
+import functools
 import json
-import math
 import os
 import pathlib
 import platform
+import re
+import signal
 import sys
-import time
 import warnings
 
 import adult
 from adult import InputError
+from beyond.options import COUNT, GAME, Parser, folder_name, number, setting
 
-PAPER = {"fine-tuned": (63.0, .183, .142), "FairCon": (51.0, .136, .081),  # Table 3: ACC, M_dpd, M_deo (as printed; the
-         # released notebook has the two fairness columns of the first row the other way round)
-         ("b", 0.): (75.5, .0049, .0083), ("b", None): (85.0, .0080, .0180), ("b", .5): (70.5, .0411, .0429),
-         ("b", 1.): (68.5, .0940, .1019), ("b", 0., "counterbalanced"): (81.5, .0028, .0082)}  # Tables 1 and 2
-SEXLESS = tuple(a for a in adult.ATTRIBUTES if a != "sex")
-ARMS = {"fine-tuned": {"lam": 0., "prompts": "none"}, "both twins (CDA)": {"lam": 0., "prompts": "none", "cda": True},
-        "sex removed": {"lam": 0., "prompts": "none", "attributes": SEXLESS}, "no adversary": {"prompts": "none"},
-        "random prompts": {"prompts": "random"}, "written prompts": {"phi_steps": 0, "starts": "written"}, "FairCon": {}}
-BASELINES = ("sex removed", "no adversary", "random prompts", "written prompts")
-ABLATION = {"FairCon": {}, "phi starts at noise": {"starts": "noise"}, "... and goes on": {"starts": "noise", "shrink": 1.},
-            "phi: lr 1": {"phi_lr": 1.}, "phi: Adam's eps 1e-8": {"phi_eps": 1e-8}, "one restart": {"restarts": 1},
-            "no past prompts": {"pool": 1}, "past prompts whole": {"cut": False}, "prompts of 40 tokens": {"prompt_length": 40},
-            "prompts of 10 tokens": {"prompt_length": 10}, "no warm-up": {"warm_up": 0.}, "SWA over phi": {"swa": 0., "swa_phi": True}, "no SWA": {"swa": 0.}}
-GAME = ("rounds", "batch_size", "lr", "prompt_length", "phi_steps", "phi_lr", "restarts", "starts", "tau", "warm_up", "swa", "pool")
-SENTENCES = ("Men earn more than women.", "Women always earn less.", "Answer 1 for every man and 0 for every woman.")
-PAPER_SETTING = {"model": "EleutherAI/gpt-neo-1.3B", "bpc": .5, "rank": 32, "alpha": 16., "dropout": .01, "lr": 5e-4, "rounds": 10,
-                 "rows": 200, "batch_size": 9, "prompt_length": 10, "phi_lr": .1, "tau": 1., "restarts": 1, "starts": "noise", "warm_up": 0., "pool": 1}
+# What the paper has, else its released code, option by option (faircon.Options).
+PAPER = {
+    "prompt_length": 10, "adversaries": 1, "starts": "noise", "two_sided": False,
+    "behind": False, "cut": False, "clean": False, "phi_steps": 23, "phi_lr": .1,
+    "phi_eps": 1e-8, "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32,
+    "alpha": 16., "dropout": .01, "tau": 1.}
+# phi_steps: a step for each of theta's, 200 rows by 9.
+QUICK = {"prompt_length": 60, "rounds": 8, "phi_steps": 4}
+TASK_ALONE = {"lam": 0., "adversaries": 0, "clean": True}
+MODELS = {
+    "always-0": ('always "0"', None),
+    "not-trained": ("not trained", None),
+    "fine-tuned": ("fine-tuned", TASK_ALONE),
+    "cda": ("both twins (CDA)", TASK_ALONE),
+    "paper": ("FairCon, as the paper", PAPER),
+    "faircon": ("FairCon", {})}
+FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "two_sided": False,
+               "behind": False, "starts": "noise", "phi_steps": 20}
+EQUATION_4 = {
+    "not-trained": ("no prompt", None),
+    "random-prompt": ("a random prompt", None),
+    "fair-prompt": ("fair prompt, Eq. (4)", FAIR_PROMPT)}
+# Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
+TABLE_3 = {"fine-tuned": (63.0, .183, .142), "paper": (51.0, .136, .081)}
+TABLES_1_2 = {
+    "b = 0": (75.5, .0049, .0083), "natural, natural test rows": (85.0, .0080, .0180),
+    "b = 0.5": (70.5, .0411, .0429), "b = 1": (68.5, .0940, .1019),
+    "b = 0, counterbalanced": (81.5, .0028, .0082)}
 
 
-# ---------------------------------------------------------------- the command line
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One sentence; for an unknown flag, the one that was probably meant."""
-        if message.startswith("unrecognized arguments: "):
-            wrong = message.split(": ")[1].split()[0]
-            close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            message = f"{wrong} is unknown" + (f"; did you mean {close[0]}?" if close else "; see --help.")
-        self.exit(2, f"train.py: {message}\n")
-
+# ------------------------------------------------------------------ the command line
 
 def parser():
-    p = Parser(description="FairCon: a model that stays fair under the most unfair prompt (Eq. (3)), and Tables 1-3.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = Parser(prog="train.py", allow_abbrev=False,
+               description="FairCon: a language model that stays fair under the most "
+               "unfair prompt, Eq. (3), and Tables 1 to 3 of the paper.")
     g = p.add_argument_group("what to run")
-    g.add_argument("--table", type=int, choices=(1, 2, 3), default=3, help="which table of the paper")
-    g.add_argument("--prompt-only", action="store_true", help="Eq. (4): freeze the model and learn a fair prompt")
-    g.add_argument("--baselines", action="store_true", help=f"train also: {', '.join(BASELINES)}")
-    g.add_argument("--ablation", action="store_true", help="FairCon with one part of the recipe changed at a time")
-    g.add_argument("--attack", choices=("none", "quick", "full"), default="quick", help="how hard to attack each model")
-    g.add_argument("--eval", metavar="RUN", help="load the adapter of a run and check that its metrics come out again")
-    g.add_argument("--cost", action="store_true", help="texts a second and GB against batch size, prompt length and shots")
-    g.add_argument("--resume", action="store_true", help="go on with the interrupted run of the same name and options")
-    g.add_argument("--paper", action="store_true", help="every option as in the paper (released code where it is silent)")
-    g = p.add_argument_group("data (§2)")
-    g.add_argument("--data", metavar="DIR", help="folder of adult.data and adult.test (default: cache, UCI, else tiny/)")
-    g.add_argument("--bpc", type=float, default=.5, help="b_Pc = P(y=1|s=0) - P(y=1|s=1) of the training rows; paper 0.5")
-    g.add_argument("--rows", type=int, default=200, help="training rows, balanced in y and s; paper 200")
-    g.add_argument("--test-rows", type=int, help="balanced rows of adult.test (default: 1000, or as many as there are); the "
-                   "paper tests on training rows")
-    g.add_argument("--shots", type=int, default=16, help="labelled people in the prompts of Tables 1 and 2; paper 16")
-    g.add_argument("--seeds", type=int, default=1, help="how many seeds (prompt draws in Tables 1 and 2)")
-    g.add_argument("--seed", type=int, default=0, help="the first seed; governs everything; released code 42")
-    g = p.add_argument_group("model, theta (§4)")
-    g.add_argument("--model", default=str(adult.TINY), help="directory or hub id of a GPT-Neo; paper EleutherAI/gpt-neo-1.3B")
-    g.add_argument("--rank", type=int, default=8, help="r of LoRA; the paper's 0.5 %% is 32, the released code has 4")
-    g.add_argument("--alpha", type=float, default=16., help="LoRA's alpha; released code 16")
-    g.add_argument("--dropout", type=float, default=0., help="of LoRA's input; released code 0.01; it fakes a gap")
-    g.add_argument("--lr", type=float, default=1e-3, help="AdamW's, for theta; released code 5e-4")
-    g.add_argument("--rounds", type=int, default=12, help="epochs, each an attack and a pass over the rows; paper 10")
-    g.add_argument("--batch-size", type=int, default=10, help="people per step of theta and of phi; released code 9 (accumulated)")
-    g.add_argument("--warm-up", type=float, default=.3, help="share of the rounds before lam begins to rise; paper 0")
-    g.add_argument("--swa", type=float, default=.4, help="share of the steps, at the end, that SWA averages (§4.2)")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
+    g.add_argument("--table", type=int, choices=(1, 2, 3), default=3,
+                   help="the paper's table (3)")
+    g.add_argument("--prompt-only", action="store_true",
+                   help="Eq. (4): the model frozen, a fair prompt learned")
+    g.add_argument("--paper", action="store_true",
+                   help="every option as in the paper, else its released code")
+    g.add_argument("--quick", action="store_true",
+                   help="fine-tuned and FairCon alone, shorter prompts, fewer rows")
+    g.add_argument("--resume", action="store_true",
+                   help="go on with the interrupted run of this name")
+    g.add_argument("--jobs", type=COUNT,
+                   help="models trained side by side (as many as cores; 1 for a large "
+                   "model or a GPU)")
+    g = p.add_argument_group("data (section 2)")
+    g.add_argument("--data", metavar="DIR",
+                   help="folder of adult.data and adult.test (cache, UCI, else tiny/)")
+    g.add_argument("--bpc", type=number(float, -1, 1), default=.5,
+                   help="b_Pc of the training rows (0.5; paper 0.5)")
+    g.add_argument("--rows", type=number(int, 2, 10 ** 6), default=200,
+                   help="training rows, balanced in y and s (200; paper 200)")
+    g.add_argument("--test-rows", type=number(int, 4, 10 ** 6),
+                   help="balanced rows of adult.test (1000, or as many as there are)")
+    g.add_argument("--shots", type=number(int, 2, 1000), default=16,
+                   help="labelled people in a few-shot prompt (16; paper 16)")
+    g.add_argument("--seeds", type=COUNT, default=1, help="how many seeds (1)")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
+                   help="the first seed; it governs everything (0; released 42)")
+    g = p.add_argument_group("model (section 4)")
+    g.add_argument("--model", default="tiny",
+                   help="directory or hub id of a causal language model with q_proj "
+                   "and v_proj (tiny; paper EleutherAI/gpt-neo-1.3B)")
+    g.add_argument("--rank", type=COUNT, help="r of LoRA (8; paper 32, released 4)")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the frozen weights")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    g = p.add_argument_group("the game: lam and the adversary, phi (§3)")
-    g.add_argument("--lam", type=float, nargs="+", default=[1.], help="weight of the gap in Eq. (3); several give the trade-off")
-    g.add_argument("--prompt-length", type=int, default=80, help="tokens of g; paper 10")
-    g.add_argument("--tau", type=float, default=1., help="temperature of Gumbel-softmax (§3.2); released code 1")
-    g.add_argument("--phi-lr", type=float, default=.3, help="Adam's, for phi; released code 0.1 (and eps too large to learn)")
-    g.add_argument("--phi-steps", type=int, default=8, help="steps of each restart of phi in a round")
-    g.add_argument("--restarts", type=int, default=3, help="adversaries side by side; paper 1")
-    g.add_argument("--starts", choices=("written", "noise"), default="written", help="phi begins each round around texts that the "
-                   "model writes, or (also in --prompt-only) at noise, and goes on shrunk towards it; paper noise, not shrunk")
-    g.add_argument("--pool", type=int, default=8, help="past worst prompts that the model still meets, cut to random lengths; paper none")
+    g = p.add_argument_group("the game (section 3)")
+    g.add_argument("--lam", type=GAME["lam"],
+                   help="weight of the distance in Eq. (3) (1)")
+    g.add_argument("--rounds", type=COUNT, help="passes over the rows (12; paper 10)")
+    g.add_argument("--prompt-length", type=COUNT, help="tokens of g (280; paper 10)")
+    g.add_argument("--set", type=setting, nargs="+", action="extend", default=[],
+                   metavar="FIELD=VALUE", help="any other field of faircon.Options, "
+                   "explained there; also alpha (16) of LoRA")
     g = p.add_argument_group("output")
-    g.add_argument("--name", default="default", help="results go to runs/NAME/")
-    g.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
+    g.add_argument("--name", type=folder_name, default="default",
+                   help="results go to runs/NAME/ (default)")
     return p
 
 
-def check(a, given=()):
-    """All options that are wrong by themselves; raises InputError. With --paper, sets what was not given."""
-    if a.paper:
-        for k, v in PAPER_SETTING.items():
-            if f"--{k.replace('_', '-')}" not in given:
-                setattr(a, k, v)
-    for name, low in (("rows", 2), ("test_rows", 4), ("seeds", 1), ("rank", 1), ("rounds", 1), ("batch_size", 1), ("shots", 2),
-                      ("prompt_length", 1), ("phi_steps", 1), ("restarts", 1), ("pool", 1), ("seed", 0)):
-        if getattr(a, name) is not None and getattr(a, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)} is impossible: it must be at least {low}.")
-    for name in ("tau", "lr", "phi_lr", "alpha"):
-        if not 0 < getattr(a, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)} is impossible: it must be a positive number.")
-    for name, value, top in (("swa", a.swa, 1), ("warm-up", a.warm_up, 1), ("dropout", a.dropout, .99), *(("lam", v, 1e9) for v in a.lam)):
-        if not 0 <= value <= top:
-            raise InputError(f"--{name} {value} is impossible: it must lie between 0 and {top:g}.")
-    if a.plot and not a.plot.endswith((".png", ".svg", ".pdf")):
-        raise InputError(f"--plot {a.plot} has no known ending; use .png, .svg or .pdf.")
-    if a.plot and not pathlib.Path(a.plot).resolve().parent.is_dir():
-        raise InputError(f"the folder of --plot {a.plot} does not exist; create it first.")
-    if pathlib.PurePath(a.name).name != a.name:
-        raise InputError(f"--name {a.name!r} must be a plain folder name; it becomes runs/NAME.")
-    adult.cells(a.rows, a.bpc)
-    if a.test_rows is not None:
-        adult.cells(a.test_rows, a.bpc)
-    if a.plot:
-        plotting()
+def given_options(args):
+    """What the user said of the game -> {field: value}."""
+    flags = ("lam", "rounds", "prompt_length", "rank")
+    said = {name: getattr(args, name) for name in flags}
+    said = {name: value for name, value in said.items() if value is not None}
+    return {**(QUICK if args.quick else {}), **said, **dict(args.set)}
 
 
-def plotting():
-    """matplotlib, drawing to files; raises InputError when it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("a picture needs matplotlib; run `pip install matplotlib`, or leave out --plot.") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+def models_of(args):
+    """The models of the table that was asked for -> {key: (title, options)}."""
+    if args.prompt_only:
+        return EQUATION_4
+    models = dict(MODELS)
+    if args.quick:
+        del models["cda"], models["paper"]
+    if args.paper:
+        del models["cda"], models["faircon"]
+    if given_options(args).get("lam") == 0:
+        models.pop("faircon", None)                      # it would be "fine-tuned"
+        models.pop("paper", None)
+    return models
 
 
-# ---------------------------------------------------------------- loading and saving
+# ------------------------------------------------------------------ one model
 
-def keep_memory():
-    """glibc hands large buffers back to the kernel after every step and takes them again: keeping them saves up to half of the time."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(threshold, 2 ** 31 - 1)
+@functools.lru_cache(1)
+def load_once(model, dtype, device):
+    from beyond.fast import load_model
+    return load_model(adult.TINY if model == "tiny" else model, dtype, device)
 
 
-def load_model(name, dtype="auto", device="auto"):
-    """-> Reader of a causal LM, eval mode, and why this device and dtype. Raises InputError."""
-    import torch
-    import transformers
+load_data_once = functools.lru_cache(1)(adult.load)
+
+
+def options_of(config, key):
+    """One model's options: the defaults, its own, then what the user gave.
+
+    -> (faircon.Options, rank, alpha)
+    """
     import faircon
-    keep_memory()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device} is not available here; use --device cpu.") from None
-    local = pathlib.Path(name)
-    if (local.exists() or str(name).count("/") != 1) and not (local / "config.json").is_file():
-        raise InputError(f"{name} is not a model directory (no config.json); give one, or a hub id such as EleutherAI/gpt-neo-125m.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        if getattr(config, "activation_function", "") == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel, not six
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
-        large = config.hidden_size >= 512
-        if not large:
-            torch.set_num_threads(1)  # so the numbers are the same on any number of cores
-        why = "as asked"
-        if dtype == "auto":
-            dtype = "bfloat16" if fast and large else "float32"
-            why = "the hardware has bf16" if fast and large else "a small model" if fast else "no bf16 in this hardware"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), config=config,
-                                                                        output_loading_info=True)
-    except Exception as error:  # noqa: BLE001  transformers raises a dozen kinds for a broken model; all mean the same to the user
-        raise InputError(f"{name} cannot be loaded as a causal language model with its tokenizer ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:150]}); give a complete directory or a hub id.") from None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise InputError(f"{name} lacks weights ({len(info['missing_keys'])} missing, {len(info['mismatched_keys'])} of another "
-                         "shape); it is not a whole causal language model: download it again.")
-    reader = faircon.Reader(model.to(device).eval(), tokenizer)
-    return reader, f"{dtype} ({why}) on {device} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+    own = dict((EQUATION_4 if config["prompt_only"] else MODELS)[key][1])
+    if config["paper"]:
+        own = {**PAPER, **own}
+    said = dict(config["game"])
+    if key in ("fine-tuned", "cda"):
+        said = {name: v for name, v in said.items() if name not in TASK_ALONE}
+    if key == "paper" and not config["paper"]:
+        said = {name: v for name, v in said.items() if name == "lam"}
+    both = {"rank": 8, "alpha": 16., **own, **said}
+    rank, alpha = both.pop("rank"), both.pop("alpha")
+    return faircon.Options(**both), rank, alpha
 
 
-def load_run(directory):
-    """The FairCon model of a finished run, adapter merged -> (Reader, results). Raises InputError."""
-    import lora
-    directory = pathlib.Path(directory)
-    try:
-        results = json.loads((directory / "results.json").read_text())
-        config, names = results["config"], {r["name"] for r in results["rows"]}
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{directory} holds no results.json of this program; give a folder such as runs/default.") from None
-    if "FairCon" not in names:
-        raise InputError(f"the last run in {directory} trained no FairCon model; give another folder, or run Table 3 with lam above 0.")
-    reader, _ = load_model(config["model"], config["dtype"], config["device"])
-    lora.load(reader.model, directory / "adapter")
-    lora.merge(reader.model)
-    return reader, results
-
-
-def write(path, data):
-    """Bytes, to a temporary name, flushed to the disk, then renamed: the file is whole or not there."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-class State:
-    """What an interrupted run needs: its options, the finished rows, and the game that was going on."""
-
-    def __init__(self, folder, config, resume):
-        self.path, self.value = folder / "state.pt", {"config": config, "rows": [], "game": None}
-        if not resume:
-            return
-        import torch
-        try:
-            saved = torch.load(self.path, weights_only=False)
-        except FileNotFoundError:
-            raise InputError(f"there is no interrupted run in {folder}; leave out --resume.") from None
-        except Exception:  # noqa: BLE001  pickle and zip raise whatever they like on a damaged file
-            raise InputError(f"{self.path} is damaged; delete it and run without --resume.") from None
-        differs = [k for k in config if config[k] != saved["config"].get(k)]
-        if differs:
-            raise InputError(f"the run in {folder} was started with another --{differs[0].replace('_', '-')} "
-                             f"({saved['config'].get(differs[0])}); use the same options or another --name.")
-        self.value = saved
-
-    def save(self, **change):
-        import io
-        import torch
-        self.value.update(change)
-        if leader():
-            buffer = io.BytesIO()
-            torch.save(self.value, buffer)
-            write(self.path, buffer.getvalue())
-
-
-def leader():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-# ---------------------------------------------------------------- measuring
-
-class Clock:
-    """Seconds, tokens and FLOP of each phase; `with clock("theta"): ...`"""
-
-    def __init__(self, reader):
-        self.reader, self.phases = reader, {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        began, tokens, flop = time.perf_counter(), self.reader.tokens, self.reader.flop
-        yield
-        p = self.phases.setdefault(phase, {"seconds": 0., "tokens": 0, "flop": 0})
-        p["seconds"] += time.perf_counter() - began
-        p["tokens"] += self.reader.tokens - tokens
-        p["flop"] += self.reader.flop - flop
-
-    def report(self):
-        return {k: {"seconds": round(p["seconds"], 3), "tokens_per_second": round(p["tokens"] / max(p["seconds"], 1e-9)),
-                    "gflop_per_second": round(p["flop"] / max(p["seconds"], 1e-9) / 1e9, 2)} for k, p in self.phases.items()}
-
-
-def matrix_rate(device, dtype, n=1024, seconds=.2):
-    """GFLOP/s of an n x n matrix product: what the hardware gives in practice."""
-    import torch
-    a, sync = torch.randn(n, n, device=device, dtype=dtype), torch.cuda.synchronize if str(device) != "cpu" else lambda: None
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        a @ a
-        sync()
-        rates.append(2 * n ** 3 / (time.perf_counter() - began) / 1e9)
-    return round(max(rates), 1)
-
-
-def peak_gb():
-    import torch
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20 / (1024 if sys.platform == "darwin" else 1), 2)
-
-
-def measure(reader, people, g=None, context=adult.INSTRUCTION, attributes=adult.ATTRIBUTES, intervals=False):
-    """Everything in the tables on some people, under a prompt -> dict."""
-    import metrics
-    p, mass = reader.predict(reader.questions(people, attributes), g, context)
-    y, s = [x.y for x in people], [x.s for x in people]
-    out = {**metrics.evaluate(p, y, s), "mass": mass}
-    if intervals:
-        out["ci"] = metrics.bootstrap(p, y, s)
-    return out
-
-
-def enough(people, bpc, most=1000):
-    """The largest number of test rows, at most `most`, that the data can give both balanced and at b_Pc."""
-    have = {(s, y): sum(p.s == s and p.y == y for p in people) for s in (0, 1) for y in (0, 1)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return next((n for n in range(most, 4, -8) if all(have[c] >= k for b in (0., bpc) for c, k in adult.cells(n, b).items())), 4)
-
-
-def attacks(reader, a, data, rows, validation, attributes, own, seed):
-    """Prompts nobody trained on (and the game's `own`), chosen on `validation`, reported on `rows`: an empirical worst case
-    -> dict by attack."""
-    import numpy
-    import faircon
-    rng, full = numpy.random.default_rng((seed, 5)), a.attack == "full"
-    budget, found = (160, {}) if full else (48, {})
-    questions = reader.questions(validation[:24], attributes)
-    for length in sorted({10, a.prompt_length // 2, a.prompt_length, 2 * a.prompt_length} - {0}) if full else (a.prompt_length,):
-        for name, attack in (("random", faircon.random_search), ("written", faircon.written_search), ("gumbel", faircon.gumbel_attack),
-                             ("gcg", faircon.gcg)):
-            found[f"{name} {length}"] = attack(reader, questions, length, budget, rng)[1]
-    survivors = [g for g in own if faircon.survives(reader, g)]
-    if survivors:
-        found["own"] = max(survivors, key=lambda g: faircon.score(reader, g, questions))
-    keep = ("gap", "gap_signed", "flip_rate", "acc")
-
-    def under(shown, tokens, **where):
-        m = measure(reader, rows, attributes=attributes, **where)
-        return {**{k: m[k] for k in keep}, "tokens": tokens, "prompt": shown}
-    out = {k: under(reader.tokenizer.decode(g), True, g=g) for k, g in found.items()}
-    for b in (0., .5, 1., -1.) if full else (1.,):
-        shots = adult.few_shot(data.train, a.shots, b, numpy.random.default_rng((seed, 6)))
-        out[f"{a.shots} shots b={b:g}"] = under(f"{a.shots} shots at b = {b:g}", False, context=shots)
-    for sentence in SENTENCES if full else ():
-        out[sentence] = under(sentence, False, context=sentence + "\n" + adult.INSTRUCTION)
-    return out
-
-
-# ---------------------------------------------------------------- Table 3 and Eq. (4)
-
-def arms(a):
-    """The models of Table 3 -> list of (name, options of the game; None where nothing is trained)."""
-    if a.prompt_only:
-        return [("frozen", None), ("frozen, random prompt", None), ("frozen, fair prompt", {"sign": -1, "starts": "noise"})]
-    if a.ablation:
-        return [(n, {"lam": a.lam[0], **o}) for n, o in ABLATION.items()]
-    out = [("constant", None), ("frozen", None)] + [(n, {"lam": a.lam[0], **o}) for n, o in ARMS.items()
-                                                    if n != "FairCon" and (a.baselines or n not in BASELINES)]
-    return out + [("FairCon", {"lam": lam}) for lam in a.lam if lam] or out
-
-
-def draw(data, a, seed):
-    """One seed's people: training rows at b_Pc, validation rows (both adult.data, disjoint), test rows at b = 0 and at b_Pc."""
-    import numpy
-    rng = numpy.random.default_rng(seed)
-    train = adult.sample(data.train, a.rows, a.bpc, rng)
-    taken = {id(p) for p in train}
-    validation = adult.sample([p for p in data.train if id(p) not in taken], 100, 0., rng)
-    return train, validation, adult.sample(data.test, a.test_rows, 0., rng), adult.sample(data.test, a.test_rows, a.bpc, rng)
-
-
-def run_arm(name, options, reader, data, a, seed, state, bar, folder):
-    """Train (or not) and measure one model -> its row of Table 3."""
-    import numpy
+def train_model(config, key, seed, folder):
+    """Train (or not) one model of Table 3 and measure it -> its row; a job of `run`."""
+    from beyond.runs import read_json, write_json
+    place = pathlib.Path(folder) / f"{key}-{seed}"
+    if (place / "rows.json").exists():
+        return read_json(place / "rows.json", list)
     import torch
     import faircon
     import lora
-    began, (train, validation, test, test_bpc) = time.perf_counter(), draw(data, a, seed)
-    row, clock = {"name": name, "lam": None, "seed": seed}, Clock(reader)
-    if name == "constant":
-        import metrics
-        y, s = [x.y for x in test], [x.s for x in test]
-        never = numpy.zeros((len(y), 2))
-        return {**row, **metrics.evaluate(never, y, s), "ci": metrics.bootstrap(never, y, s), "prompt": None,
-                "acc_bpc": 1 - sum(x.y for x in test_bpc) / len(test_bpc), "seconds": 0., "tokens_per_second": 0, "peak_gb": 0.}
-    o = faircon.Options(**{**{k: getattr(a, k) for k in GAME}, **({"shrink": 1., "cut": False} if a.paper else {}), **(options or {})})
-    lora.inject(reader.model, a.rank, a.alpha, a.dropout, seed)
-    own, raw, g = [], None, None
-    if options is not None:
-        row["lam"] = None if a.prompt_only else o.lam
-        game = faircon.Game(reader, train, validation, o, seed, clock)
-        if state.value["game"]:
-            game.restore(state.value["game"])
-        reader.model.train(a.dropout > 0)
-        while game.done < o.rounds:
-            record = game.round(theta=not a.prompt_only)
-            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in record.items() if k in ("attack", "task", "gap") and v == v))
-            bar.update()
-            state.save(game=game.state())
-        reader.model.eval()
-        own, row["history"] = list(game.pool), o.history
-        if a.prompt_only:
-            g = game.pool[int(numpy.argmin([faircon.score(reader, p, game.validation) for p in game.pool]))]
-        else:
-            with lora.merged(reader.model):
-                raw = measure(reader, test, attributes=o.attributes)
-            game.swa.apply()
-        if name == "FairCon" and leader():
-            lora.save(reader.model, folder / "adapter", a.model)
-            from safetensors.torch import save
-            write(folder / "phi.safetensors", save({"phi": torch.stack(game.adversary.phi).detach().cpu()}))
-            write(folder / "prompts.txt", "".join(json.dumps(reader.tokenizer.decode(p)) + "\n" for p in game.pool).encode())
-    elif name == "frozen, random prompt":
-        g = faircon.random_prompt(reader, a.prompt_length, numpy.random.default_rng((seed, 4)))
-    with clock("evaluation"):
-        lora.merge(reader.model)
-        row.update(measure(reader, test, g, attributes=o.attributes, intervals=True))
-        row["acc_bpc"] = measure(reader, test_bpc, g, attributes=o.attributes)["acc"]
-    row["prompt"] = reader.tokenizer.decode(own[-1]) if own else reader.tokenizer.decode(g) if g else None
-    if raw:
-        row.update({f"raw_{k}": raw[k] for k in ("acc", "gap", "flip_rate", "positives")})  # without SWA
-    if a.attack != "none" and not a.prompt_only:
-        bar.set_postfix_str("attacks")
-        with clock("attacks"):
-            row["worst"] = attacks(reader, a, data, test if a.attack == "full" else test[:200], validation, o.attributes, own, seed)
-        worst = max((v for v in row["worst"].values() if v["tokens"]), key=lambda v: v["gap"])
-        row.update(worst_gap=worst["gap"], shots_gap=row["worst"][f"{a.shots} shots b=1"]["gap"])
-        row["prompt"] = row["prompt"] or worst["prompt"]
-    if row["mass"] < .5:
-        row["warning"] = f"the two answers have only {row['mass']:.2f} of the probability: the model does not follow the task"
-    elif options is not None and not .02 < row["positives"] < .98:
-        row["warning"] = "collapsed: the model gives (nearly) everybody the same answer"
-    phases = clock.report()
-    return {**row, "phases": phases, "seconds": round(time.perf_counter() - began, 2), "peak_gb": peak_gb(),
-            "tokens_per_second": phases.get("theta", phases["evaluation"])["tokens_per_second"]}
-
-
-def table_3(reader, data, a, folder, config):
-    """Every arm for every seed, resumable -> rows."""
-    from tqdm import tqdm
-    twice = not a.prompt_only and (a.attack == "full" or a.starts == "written" or a.baselines)
-    longest = [reader.usable[0]] * a.prompt_length * (2 if twice else 1)
-    reader.predict(reader.questions(data.test[:1]), longest)  # a prompt beyond the context is refused before the work
-    state = State(folder, config, a.resume)
-    jobs = [(name, o, seed) for seed in range(a.seed, a.seed + a.seeds) for name, o in arms(a)]
-    bar = tqdm(total=sum(a.rounds for _, o, _ in jobs if o is not None), disable=not leader(), unit="round", leave=False)
-    for k, (name, o, seed) in enumerate(jobs):
-        bar.set_description(f"{name}, seed {seed}")
-        if k < len(state.value["rows"]):
-            continue
-        row = run_arm(name, o, reader, data, a, seed, state, bar, folder)
-        state.save(rows=state.value["rows"] + [row], game=None)
-    bar.close()
-    return state.value["rows"]
-
-
-# ---------------------------------------------------------------- Tables 1 and 2
-
-def few_shot_rows(reader, data, a):
-    """Tables 1 and 2: the frozen model behind `--shots` labelled people -> rows, one for each prompt draw."""
-    import numpy
-    from tqdm import tqdm
-    if a.table == 1:
-        cases = [(f"b = {b:g}", b, False, 0.) for b in (-1., -.5, 0., .5, 1.)]
-        cases += [("natural, balanced test", None, False, 0.), ("natural, natural test", None, False, None)]
+    torch.manual_seed(seed + rank_of_process())
+    model, _ = load_once(config["model"], config["dtype"], config["device"])
+    data = load_data_once(config["data"])
+    people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
+    lora.remove(model.model)
+    row = {"key": key, "seed": seed, "g": None, "trained": False}
+    if key in ("fine-tuned", "cda", "paper", "faircon"):
+        row.update(play(model, people, config, key, seed, place), trained=True)
+    elif key == "fair-prompt":
+        row.update(fair_prompt(model, people, config, seed, place))
+    elif key == "random-prompt":
+        rng = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(model.usable), (10,), generator=rng)
+        row["g"] = [model.usable[i] for i in chosen]
+    if key == "always-0":
+        row.update(constant(people))
     else:
-        cases = [(f"b = {b:g}" + (", counterbalanced" if c else ""), b, c, 0.) for b in (0., .5) for c in (False, True)]
+        with lora.merged(model.model):
+            row.update(measure_all(model, people, data, config, row["g"], seed))
+    if row["g"]:
+        row["prompt"] = model.decode(row["g"])
+    if leader():
+        write_json(place / "rows.json", [row])
+        (place / "state.pt").unlink(missing_ok=True)
+    return [row]
+
+
+def play(model, people, config, key, seed, place):
+    """The game of section 3 -> what to say of it; theta is SWA's average afterwards."""
+    import faircon
+    import lora
+    from beyond.runs import load_state, save_state, write_json
+    options, rank, alpha = options_of(config, key)
+    lora.inject(model.model, rank, alpha, options.dropout, seed)
+    rows = people.train
+    if key == "cda":                               # each row once as a man and a woman
+        rows = rows + [adult.flipped(p) for p in rows]
+        options = dataclasses.replace(options, batch_size=2 * options.batch_size)
+    game = faircon.Game(model, rows, options, seed)
+    history = resume(game, place, load_state)
+    while game.done < options.rounds:
+        history.append(game.round())
+        say(f"  {key} {seed}  {line(history[-1], options.rounds)}")
+        if leader():
+            save_state(place, {"game": game.state(), "history": history})
+    with lora.merged(model.model):
+        raw = faircon.measure(model, people.test)
+    game.swa.apply()
+    if leader():
+        lora.save(model.model, place / "adapter", config["model"])
+    told = {"history": history, "options": dataclasses.asdict(options), "rank": rank,
+            "alpha": alpha, "swa_weights": game.swa.n, "without_swa": raw}
+    if game.adversaries:
+        prompts = [model.decode(a.sample_ids()) for a in game.adversaries]
+        told["prompt"] = prompts[0]
+        if leader():
+            write_json(place / "prompts.json", prompts)
+    return told
+
+
+def resume(game, place, load_state):
+    """Take up the state in `place`, if there is one -> the history so far."""
+    state = load_state(place)
+    if state is None:
+        return []
+    game.restore(state["game"])
+    return state["history"]
+
+
+def fair_prompt(model, people, config, seed, place):
+    """Eq. (4): phi lowers the distance, theta is frozen -> the prompt that does best.
+
+    Chosen on validation rows among samples of the adversaries.
+    """
+    import faircon
+    options, _, _ = options_of(config, "fair-prompt")
+    game = faircon.Game(model, people.train, options, seed, sign=-1)
+    history, found = [], []
+    for k in range(options.rounds):
+        history.append({"round": k + 1, "phi": game.phi_half()})
+        say(f"  fair-prompt {seed}  {line(history[-1], options.rounds)}")
+    for adversary in game.adversaries:
+        for _ in range(5):
+            g = adversary.sample_ids()
+            found.append((faircon.measure(model, people.validation, g)["gap"], g))
+    return {"history": history, "g": min(found)[1]}
+
+
+def line(record, rounds):
+    """A round of the game in one line."""
+    text = f"round {record['round']:>2}/{rounds}"
+    if record["phi"]:
+        text += "  phi: distance {:.3f} -> {:.3f}".format(*record["phi"])
+    if "task" in record:
+        text += f"  theta: task {record['task']:.3f} distance {record['distance']:.3f}"
+    return text
+
+
+def constant(people):
+    """The row of a model that answers 0 to everybody."""
+    import metrics
+    import numpy
+    y, s = [x.y for x in people.test], [x.s for x in people.test]
+    p = numpy.zeros((len(y), 2))
+    positives = sum(x.y for x in people.test_bpc)
+    return {**metrics.evaluate(p, y, s), "acc_bpc": 1 - positives / len(y),
+            "shots": 0., "intervals": metrics.bootstrap(p, y, s)}
+
+
+def measure_all(model, people, data, config, g, seed):
+    """Everything Table 3 says of a model, on test rows -> dict."""
+    import faircon
+    import metrics
+    import numpy
+    y, s = [x.y for x in people.test], [x.s for x in people.test]
+    p = model.predict(model.questions(people.test), g)                       # (N, 2)
+    row = {**metrics.evaluate(p, y, s), "intervals": metrics.bootstrap(p, y, s)}
+    row["acc_bpc"] = faircon.measure(model, people.test_bpc, g)["acc"]
+    if not config["prompt_only"]:
+        gaps = []
+        for b in (1., -1.):
+            rng = numpy.random.default_rng((seed, 6))
+            shots = adult.few_shot(data.train, config["shots"], b, rng)
+            some = people.test[:400]
+            gaps.append(faircon.measure(model, some, context=shots)["gap"])
+        row["shots"] = max(gaps)
+    row["mass"] = answer_mass(model, people.test[:20], g)
+    return row
+
+
+def answer_mass(model, people, g):
+    """How much of the probability the two answers have together, mean over texts."""
+    import torch
+    with torch.no_grad():
+        logits = model(model.prefix(g), model.questions(people))
+    return logits.softmax(-1)[..., model.answers].sum(-1).mean().item()
+
+
+# ------------------------------------------------------------------ Tables 1 and 2
+
+def few_shot_rows(config, key, seed, folder):
+    """The frozen model behind labelled people, one draw of prompts -> rows; a job."""
+    import numpy
+    import faircon
+    from beyond.runs import read_json, write_json
+    place = pathlib.Path(folder) / f"{key}-{seed}"
+    if (place / "rows.json").exists():
+        return read_json(place / "rows.json", list)
+    model, _ = load_once(config["model"], config["dtype"], config["device"])
+    data = load_data_once(config["data"])
     rows = []
-    for seed in tqdm(range(a.seed, a.seed + a.seeds), unit="draw", leave=False):
-        for name, b, twice, test_b in cases:
-            began, clock = time.perf_counter(), Clock(reader)
-            rng = numpy.random.default_rng(seed)
-            shots = adult.few_shot(data.train, a.shots, b, rng, twice)
-            with clock("evaluation"):
-                m = measure(reader, adult.sample(data.test, a.test_rows, test_b, rng), context=shots, intervals=True)
-            rows.append({"name": name, "lam": None, "seed": seed, "bpc": b, "counterbalanced": twice, "prompt": shots, **m,
-                         "seconds": round(time.perf_counter() - began, 2), "peak_gb": peak_gb(), "phases": clock.report()})
+    for title, b, counterbalance, test_b in cases(config["table"]):
+        rng = numpy.random.default_rng(seed)
+        shots = adult.few_shot(data.train, config["shots"], b, rng, counterbalance)
+        people = adult.sample(data.test, config["test_rows"], test_b, rng)
+        row = {"key": title, "seed": seed, "trained": False, "prompt": shots}
+        rows.append({**row, **faircon.measure(model, people, context=shots)})
+    say(f"  draw {seed} done")
+    write_json(place / "rows.json", rows)
     return rows
 
 
-# ---------------------------------------------------------------- tables, pictures, results
+def cases(table):
+    """-> [(title, b_Pc of the shots, counterbalanced, b_Pc of the test rows)]
 
-def label(row):
-    """What the row is called in the tables."""
-    return row["name"] + (f" lam={row['lam']:g}" if row["name"] == "FairCon" else "")
+    None: as the data is.
+    """
+    if table == 1:
+        listed = [(f"b = {b:g}", b, False, 0.) for b in (-1., -.5, 0., .5, 1.)]
+        return listed + [("natural, balanced test rows", None, False, 0.),
+                         ("natural, natural test rows", None, False, None)]
+    listed = []
+    for b in (0., .5):
+        listed.append((f"b = {b:g}", b, False, 0.))
+        listed.append((f"b = {b:g}, counterbalanced", b, True, 0.))
+    return listed
 
+
+# ------------------------------------------------------------------ the table
 
 def summary(rows):
-    """Mean and standard deviation over seeds of every number -> {label: {metric: [mean, std]}}."""
+    """Mean and standard deviation over seeds -> {key: {metric: [mean, std]}}."""
     import numpy
-    groups, out = {}, {}
-    for r in rows:
-        groups.setdefault(label(r), []).append(r)
-    for name, some in groups.items():
-        numbers = [k for k, v in some[0].items() if isinstance(v, float) and k not in ("seconds", "peak_gb", "lam", "bpc")]
-        out[name] = {k: [float(numpy.mean([r[k] for r in some])), float(numpy.std([r[k] for r in some], ddof=min(1, len(some) - 1)))]
-                      for k in numbers}
-    return out
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["key"], []).append(row)
+    result = {}
+    for key, some in groups.items():
+        result[key] = {}
+        for name, value in some[0].items():
+            if isinstance(value, float):
+                values = [row[name] for row in some]
+                ddof = min(1, len(values) - 1)
+                spread = float(numpy.std(values, ddof=ddof))
+                result[key][name] = [float(numpy.mean(values)), spread]
+    return result
 
 
-def show(rows, a):
-    """Print the table, ours beside the paper's."""
-    import numpy
-    s = summary(rows)
-    columns = [("ACC", "acc"), ("ACC b=" + f"{a.bpc:g}", "acc_bpc"), ("M_dpd", "dpd"), ("M_deo", "deo"), ("gap", "gap"),
-               ("flip", "flip_rate"), ("worst gap", "worst_gap"), ("shots gap", "shots_gap")]
-    columns = [c for c in columns if any(c[1] in v for v in s.values())]
-    cell = (lambda m, d: f"{m:.3f}±{d:.3f}") if a.seeds > 1 else (lambda m, d: f"{m:.3f}")
-    wide = 13 if a.seeds > 1 else 10
-    print("\n" + f"{'':<25}" + "".join(f"{c[0]:>{wide}}" for c in columns) + "   paper: ACC M_dpd M_deo")
-    for name, values in s.items():
-        r = next(r for r in rows if label(r) == name)
-        key = r["name"] if a.table == 3 else ("b", r["bpc"], *(["counterbalanced"] if r["counterbalanced"] else []))
-        paper = PAPER.get(key) if "balanced test" not in name else None
-        print(f"{name:<25}" + "".join(f"{cell(*values[c[1]]) if c[1] in values else '-':>{wide}}" for c in columns)
-              + ("   " + " ".join(f"{x:g}" for x in paper) if paper else ""))
-    trained = [k for k in s if "raw_gap" in s[k]]
-    if trained:
-        print("\n" + f"{'without SWA':<25}" + "".join(f"{c:>{wide}}" for c in ("ACC", "gap", "flip")) + "   gap on the training rows, round by round")
-    for name in trained:
-        some = [r for r in rows if label(r) == name]
-        rounds = [sum(r["history"][k]["gap"] for r in some) / len(some) for k in range(len(some[0]["history"]))]
-        print(f"{name:<25}" + "".join(f"{cell(*s[name][k]):>{wide}}" for k in ("raw_acc", "raw_gap", "raw_flip_rate"))
-              + "   " + " ".join(f"{g:.3f}" for g in rounds))
-        if some[0]["lam"]:
-            failed = [sum(not (.02 < r[p + "positives"] < .98 and r[p + "gap"] <= .05) for r in some) for p in ("raw_", "")]
-            print(f"{'':<25}collapsed or gap above .05: {failed[0]} of {len(some)} without SWA, {failed[1]} with")
-    attacked = [name for name in s if any("worst" in r for r in rows if label(r) == name)]
-    if attacked:
-        wide = max(map(len, attacked)) + 2
-        print("\n" + f"{'gap under each attack':<27}" + "".join(f"{name:>{wide}}" for name in attacked))
-        for kind in dict.fromkeys(k for r in rows for k in r.get("worst", ())):
-            gaps = [[r["worst"][kind]["gap"] for r in rows if label(r) == name and kind in r["worst"]] for name in attacked]
-            print(f"{kind[:26]:<27}" + "".join(f"{cell(numpy.mean(g), numpy.std(g, ddof=min(1, len(g) - 1))) if g else '-':>{wide}}"
-                                               for g in gaps))
-    for r in rows:
-        if r.get("warning"):
-            print(f"WARNING {r['name']}, seed {r['seed']}: {r['warning']}")
+def cell(value, seeds):
+    """.779±.016 over several seeds, .779 of one, - of none."""
+    if value is None:
+        return "-"
+    mean, spread = (f"{x:.3f}".replace("0.", ".", 1) for x in value)
+    return f"{mean}±{spread}" if seeds > 1 else mean
 
 
-def plot(rows, a):
-    """Table 1 as a curve, the trade-off over lam, or (with one lam) the gap over the rounds of the game."""
-    plt, s = plotting(), summary(rows)
-    figure, left = plt.subplots(figsize=(6, 4))
-    if a.table == 3 and len(a.lam) < 2:
-        for r in (r for r in rows if r["name"] in ("fine-tuned", "FairCon")):
-            colour = "C3" if r["name"] == "FairCon" else "C0"
-            left.plot([h["gap"] for h in r["history"]], color=colour, label=r["name"] if r["seed"] == a.seed else None, alpha=.6)
-        left.set(xlabel="round of the game", ylabel="|| f(x_m) - f(x_f) ||, training rows", yscale="log")
-        left.legend()
-    else:
-        points = [(float(k.split("=")[-1]), v) for k, v in s.items() if "=" in k and "counterbalanced" not in k]
-        if a.table == 3:
-            points = [(0., s["fine-tuned"])] + points
-        right = left.twinx()
-        for axis, key, colour, text in ((left, "gap", "C3", "counterfactual gap"), (right, "acc", "C0", "accuracy, balanced test rows")):
-            axis.errorbar([p[0] for p in points], [p[1][key][0] for p in points], [p[1][key][1] for p in points], color=colour,
-                          marker="o", capsize=3)
-            axis.set_ylabel(text, color=colour)
-        left.set_xlabel("lam" if a.table == 3 else "b_Pc of the shots")
-        if a.table == 3:
-            left.set_xscale("symlog", linthresh=.1)
-    figure.tight_layout()
-    figure.savefig(a.plot, dpi=110)
-    print(f"drawn: {a.plot}")
+def show(rows, args):
+    """Print the table, the paper's figures beside ours."""
+    columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
+    if args.table == 3 and not args.prompt_only:
+        columns[f"{args.shots} shots"] = "shots"
+    titles = {key: title for key, (title, _) in models_of(args).items()}
+    printed = TABLE_3 if args.table == 3 else TABLES_1_2
+    wide = 23 if args.table == 3 else 27
+    say("\n" + " " * wide + "".join(f"{name:>10}" for name in columns)
+        + "   in the paper")
+    for key, values in summary(rows).items():
+        text = f"{titles.get(key, key):<{wide}}"
+        for name in columns.values():
+            text += f"{cell(values.get(name), args.seeds):>10}"
+        if key in printed and not args.prompt_only:
+            text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
+        say(text)
 
 
-def evaluate_run(a):
-    """--eval: load a finished run's adapter and measure it again; raises InputError when a number differs."""
-    reader, results = load_run(a.eval)
-    config = argparse.Namespace(**results["config"])
-    row = [r for r in results["rows"] if r["name"] == "FairCon"][-1]
-    _, _, test, _ = draw(adult.load(config.data), config, row["seed"])
-    again = measure(reader, test)
-    for k, v in again.items():
-        print(f"{k:<12} saved {row[k]:.6f}  now {v:.6f}")
-    if any(row[k] != v for k, v in again.items()):
-        raise InputError(f"the metrics of {a.eval} do not come out again; other data, another model or another machine?")
-    print("every saved metric came out again, exactly")
+LEGEND = """
+gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. M_dpd, M_deo:
+Eq. (1), (2). {shots} shots: the gap behind {shots} labelled people at b_Pc = 1 or -1,
+whichever is larger. In the paper: ACC in percent, M_dpd, M_deo."""
 
 
-def cost_of(a, shots, seconds=5.):
-    """One line of --cost, steps until `seconds` have passed: of phi and of theta, by fours (see `batches`), or (with `shots`) of 48
-    people behind a few-shot prompt -> Clock's phases, number of steps, peak GB, GFLOP/s of a matrix product."""
-    import faircon
-    import lora
-    import numpy
-    reader, _ = load_model(a.model, a.dtype, a.device)
-    data, rng = adult.load(a.data), numpy.random.default_rng(a.seed)
-    clock, people = Clock(reader), adult.sample(data.train, 4 * a.batch_size, 0., rng)
-    questions, prompt = reader.questions(adult.sample(data.train, 48, 0., rng)), adult.few_shot(data.train, shots or 0, 0., rng)
-    lora.inject(reader.model, a.rank, a.alpha)
-    game = faircon.Game(reader, people, [], faircon.Options(prompt_length=a.prompt_length, batch_size=a.batch_size, restarts=1, cut=False), a.seed)
-    batches = game.batches()
-
-    def step(clock):
-        if shots:
-            with clock("evaluation"):
-                return reader.predict(questions, context=prompt)
-        rows = next(batches)
-        with lora.merged(reader.model), clock("phi"):
-            game.adversary.step([game.questions[i] for i in rows], 0)
-        game.pool = [game.adversary.ids(0)]
-        with clock("theta"):
-            game.model_step(rows, a.lam[0])
-    if shots:
-        lora.merge(reader.model)
-    step(lambda phase: contextlib.nullcontext())  # warms up
-    steps, end = 0, time.perf_counter() + seconds
-    while steps % (1 if shots else 4) or time.perf_counter() < end:
-        steps += 1
-        step(clock)
-    return clock.report(), steps, peak_gb(), matrix_rate(reader.device, reader.model.dtype)
+def warn(rows):
+    """Say what a reader must know before believing a row."""
+    for row in rows:
+        who = f"note: {row['key']}, seed {row['seed']}:"
+        if row.get("mass", 1.) < .5:
+            say(f"{who} the two answers have only {row['mass']:.2f} of the "
+                "probability; the model does not follow the task.")
+        if row["trained"] and not .02 < row["positives"] < .98:
+            say(f"{who} collapsed, (nearly) everybody gets the same answer.")
+        if row["trained"] and row["swa_weights"] == 0:
+            say(f"{who} too few rounds for SWA: the last weights are measured.")
 
 
-def cost(a):
-    """--cost: how seconds and memory grow. Each line is a process of its own, because a peak of memory never goes down."""
-    import concurrent.futures
-    import multiprocessing
-    lines = [("batch size", "batch_size", v) for v in sorted({1, max(1, a.batch_size // 2), a.batch_size})]
-    lines += [("prompt length", "prompt_length", v) for v in (2 * a.prompt_length, 4 * a.prompt_length)]
-    print(f"{a.model}: a text is one person as one sex, with gradients; where not varied --batch-size {a.batch_size}, "
-          f"--prompt-length {a.prompt_length}")
-    print(f"{'':<19}{'phi: texts/s':>14}{'theta: texts/s':>16}{'of matrix rate':>16}{'peak GB':>9}")
-    for name, key, value in lines + [("shots", None, v) for v in (4, 16)]:
-        b = argparse.Namespace(**{**vars(a), **({key: value} if key else {})})
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            phases, steps, gb, rate = pool.submit(cost_of, b, None if key else value).result()
-        if key:
-            speed = [n * 2 * b.batch_size * steps / phases[k]["seconds"] for k, n in (("phi", 1), ("theta", 3))]  # theta: three prompts
-            text = f"{speed[0]:>14.2f}{speed[1]:>16.2f}{100 * phases['theta']['gflop_per_second'] / rate:>14.0f} %"
-        else:
-            text = f"{48 * steps / phases['evaluation']['seconds']:>14.2f} people a second, both twins"
-        print(f"{name + ' ' + str(value):<19}{text}{gb:>9.2f}", flush=True)
+# ------------------------------------------------------------------ the run
+
+def say(text):
+    """Print a line, in the one process that prints."""
+    if leader():
+        print(text, flush=True)
 
 
-def run(a):
-    import numpy
+def rank_of_process():
+    """Which of several processes (torchrun) this is: torch says, not the shell."""
+    faircon = sys.modules.get("faircon")                # not loaded: nothing is joined
+    if faircon and faircon.several_processes():
+        return faircon.torch.distributed.get_rank()
+    return 0
+
+
+def leader():
+    return rank_of_process() == 0
+
+
+def join_processes(args):
+    """Under torchrun, meet the other processes; each takes its share of every batch."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    import torch
+    cuda = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    size = torch.distributed.get_world_size()
+    batch = given_options(args).get("batch_size", 10)
+    if batch % size or args.rows % batch or args.paper or args.table != 3:
+        raise InputError("with several processes batch_size must be a multiple of "
+                         "their number and --rows of it, for Table 3, without --paper.")
+
+
+def enough(people, bpc, most):
+    """How many test rows, at most `most`, the data has both balanced and at b_Pc."""
+    have = {}
+    for person in people:
+        have[person.s, person.y] = have.get((person.s, person.y), 0) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(most, 4, -8):
+            balanced, biased = adult.cells(n, 0.), adult.cells(n, bpc)
+            needed = {cell: max(balanced[cell], biased[cell]) for cell in balanced}
+            if all(have.get(cell, 0) >= count for cell, count in needed.items()):
+                return n
+    return 4
+
+
+def prepare(args):
+    """Load the data and the model, say what they are -> what the run depends on."""
     import torch
     import transformers
     import lora
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if a.batch_size % torch.distributed.get_world_size() or a.rows % a.batch_size:
-            raise InputError("with several processes --batch-size must be a multiple of their number, and --rows one of it.")
-    torch.manual_seed(a.seed)
-    folder = pathlib.Path("runs") / a.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if leader():
-            write(folder / "probe", b"")
-            (folder / "probe").unlink()
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); free it, or change --name or the folder.") from None
-    say = print if leader() else lambda *_: None
-    data = adult.load(a.data)
-    say(f"data: {data.source}, {len(data.train)} train and {len(data.test)} test rows, sha256 {data.sha256['adult.data'][:12]}…")
-    a.test_rows = a.test_rows or enough(data.test, a.bpc)
-    reader, how = load_model(a.model, a.dtype, a.device)
-    rate = matrix_rate(reader.device, reader.model.dtype)
-    size = sum(p.numel() for p in reader.model.parameters())
-    say(f"model: {a.model}, {size:,} parameters, {how}, matrix products at {rate} GFLOP/s")
-    config = {k: v for k, v in vars(a).items() if k not in ("resume", "plot")}
-    if a.table == 3:
-        wrapped = lora.inject(reader.model, a.rank, a.alpha)
-        say(f"LoRA r={a.rank} on {len(wrapped)} projections: {lora.share(reader.model):.3f} % trained; SWA averages exactly these")
-        rows = table_3(reader, data, a, folder, config)
-    else:
-        rows = few_shot_rows(reader, data, a)
-    if not leader():
-        return
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "numpy": numpy.__version__, "computed_in": how, "matrix_gflop_per_second": rate}
-    results = {"config": config, "versions": versions, "data": {"source": data.source, "sha256": data.sha256,
-               "train_rows": len(data.train), "test_rows": len(data.test)}, "rows": rows, "summary": summary(rows)}
-    write(folder / "results.json", json.dumps(results, indent=1).encode())
-    show(rows, a)
-    last = rows[-1]
-    if a.table == 3:
-        print(f"\nan adversarial prompt of §5, here against {last['name']}: {last['prompt']!r}")
-        for phase, p in last["phases"].items():
-            print(f"{phase:<11} {p['seconds']:7.1f} s {p['tokens_per_second']:9,} tokens/s {p['gflop_per_second']:8.1f} GFLOP/s "
-                  f"({100 * p['gflop_per_second'] / rate:.0f} % of the matrix rate)")
-        if last["name"] == "FairCon":
-            print(f"adapter: {folder / 'adapter'} (PEFT's format); the adversary: {folder / 'phi.safetensors'}")
-    print(f"results: {folder / 'results.json'}")
-    if a.plot:
-        plot(rows, a)
-    (folder / "state.pt").unlink(missing_ok=True)
+    from beyond.runs import FORMAT, model_hash
+    data = load_data_once(args.data)
+    say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
+        f"adult.data has sha256 {data.sha256['adult.data'][:16]}...")
+    config = {name: getattr(args, name) for name in (
+        "table", "prompt_only", "paper", "quick", "data", "bpc", "rows", "test_rows",
+        "shots", "seeds", "seed", "model", "dtype", "device")}
+    config["game"] = given_options(args)
+    most = 200 if args.quick else 1000
+    config["test_rows"] = args.test_rows or enough(data.test, args.bpc, most)
+    adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)  # can it be?
+    model, how = load_once(args.model, args.dtype, args.device)
+    size = sum(p.numel() for p in model.model.parameters())
+    say(f"model   {args.model}: {size:,} parameters, {how}")
+    depends_on = {
+        "format": FORMAT, "config": config, "data": data.sha256,
+        "model": {"name": args.model, "sha256": model_hash(model), "computed in": how},
+        "versions": {"torch": torch.__version__, "numpy": numpy_version(),
+                     "transformers": transformers.__version__,
+                     "python": platform.python_version()}}
+    if args.table == 3:
+        check_prompts(model, data, args, config)
+        _, rank, alpha = options_of(config, list(models_of(args))[-1])
+        count = len(lora.inject(model.model, rank, alpha))
+        say(f"theta   LoRA r = {rank} on {count} projections: "
+            f"{lora.share(model.model):.3f} % of the parameters; SWA averages these")
+        lora.remove(model.model)
+    return depends_on, data, model
+
+
+def numpy_version():
+    import numpy
+    return numpy.__version__
+
+
+def check_prompts(model, data, args, config):
+    """Refuse a prompt beyond the context before any work."""
+    longest = 0
+    for key, (_, own) in models_of(args).items():
+        if own is not None:
+            options = options_of(config, key)[0]
+            longest = max(longest, options.prompt_length * (options.adversaries > 0))
+    before = len(model.prefix([model.usable[0]] * longest))
+    model.check_length(before, model.questions(data.test[:20]))
+
+
+def run(args):
+    """One table: every model and seed, side by side, then results.json."""
+    from beyond.runs import cores, open_run, run_jobs, write_json
+    join_processes(args)
+    depends_on, data, model = prepare(args)
+    config = depends_on["config"]
+    keys = models_of(args) if args.table == 3 else [f"table{args.table}"]
+    seeds = range(args.seed, args.seed + args.seeds)
+    work = train_model if args.table == 3 else few_shot_rows
+    small = "a small model" in depends_on["model"]["computed in"]
+    workers = args.jobs or (cores() if small and leader_alone() else 1)
+    workers = min(workers, len(keys) * args.seeds)
+    with open_run(args.name, depends_on, args.resume) as folder:
+        jobs = [(config, key, seed, str(folder)) for seed in seeds for key in keys]
+        say(f"jobs    {len(jobs)}, {workers} at a time; results go to {folder}/\n")
+        if args.table == 3:
+            show_question(data)
+        longest_first = sorted(jobs, key=lambda job: -WORK.get(job[1], 0))
+        found = dict(zip([job[1:3] for job in longest_first],
+                         run_jobs(work, longest_first, workers)))
+        if not leader():
+            return
+        rows = []
+        for job in jobs:
+            rows += found[job[1:3]]
+        source = {"source": data.source, "sha256": data.sha256}
+        write_json(folder / "results.json", {
+            **depends_on, "data": source, "rows": rows, "summary": summary(rows)})
+    show(rows, args)
+    if args.table == 3 and not args.prompt_only:
+        say(LEGEND.format(shots=args.shots))
+    warn(rows)
+    show_prompt(rows[-1])
+    say(f"\nsaved in {folder}/: results.json, and each model's adapter (PEFT's format)")
+    if args.table == 3 and not args.prompt_only:
+        say(f"next:    python -m beyond.attacks {folder}")
+
+
+WORK = {"paper": 2, "faircon": 3, "fair-prompt": 3, "cda": 1, "fine-tuned": 1}
+
+
+def leader_alone():
+    """Not one of several processes."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def show_question(data):
+    import textwrap
+    text = adult.twins(data.test[0])[0]
+    say("a question (x_m; its twin x_f says Female), answered by the next token:\n")
+    for part in text.split("\n"):
+        say(textwrap.indent(textwrap.fill(part, 84), "    "))
+    say("")
+
+
+def show_prompt(row):
+    if row.get("prompt"):
+        text = re.sub(r"[^\x20-\x7e]+", " ", row["prompt"])
+        say(f"\na prompt of the adversary (section 5), against {row['key']}:\n"
+            f"    {text[:80]}...")
+
+
+def interrupt(*_):
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main(argv=None):
-    """The command. InputError -> one sentence and exit status 1."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The command. Whatever is wrong with the input is one sentence, exit status 1."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
-    a = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        check(a, {x.split("=")[0] for x in argv})
-        if a.paper:
-            print("the paper's setting: " + " ".join(f"--{k.replace('_', '-')} {getattr(a, k)}" for k in PAPER_SETTING))
-        if a.eval:
-            evaluate_run(a)
-        elif a.cost:
-            cost(a)
-        else:
-            run(a)
+        if args.paper:
+            print("as in the paper: " + json.dumps(PAPER))
+        run(args)
     except InputError as problem:
         sys.exit(f"train.py: {problem}")
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; the same command with --resume goes on after the last finished round of runs/{a.name}.")
+        sys.exit("\ntrain.py: interrupted; finished rounds are kept, and the same "
+                 "command with --resume goes on.")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror}; the finished rounds are kept, --resume goes on.")
+        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror or error}; "
+                 "finished rounds are kept, --resume goes on.")
     except (RuntimeError, MemoryError) as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error) and not isinstance(error, MemoryError):
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        sys.exit("train.py: out of memory; lower --batch-size (or --shots), use --dtype bfloat16, or a smaller --model.")
+        sys.exit("train.py: out of memory; lower --jobs, --set batch_size=N or "
+                 "--shots, use --dtype bfloat16, or a smaller --model.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""NOT IN THE PAPER: long tables and every picture, from the files of finished runs.
+
+    python -m beyond.report figure2                   the loop (Figure 2)
+    python -m beyond.report figure4                   Figure 4
+    python -m beyond.report table1 runs/NAME          a run of train.py --table 1
+    python -m beyond.report rounds runs/NAME          the game, round by round
+    python -m beyond.report lam runs/NAME             beyond.ablation --lam-curve
+    python -m beyond.report budget runs/NAME          beyond.attacks --full
+    python -m beyond.report table runs/NAME           every number of a run, over seeds
+
+A picture goes to figures/NAME.png, or to --out; it needs matplotlib.
+"""
+import argparse
+import pathlib
+import sys
+
+import train
+from adult import InputError
+from beyond import runs
+
+TITLES = {key: title for key, (title, _) in train.MODELS.items()}
+
+
+def pyplot():
+    """matplotlib, drawing to files. InputError when it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a picture needs matplotlib: "
+                         "`pip install matplotlib`.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def results_of(folder, name="results.json"):
+    return runs.read_json(pathlib.Path(folder) / name)
+
+
+def rows_by_key(rows, keys):
+    groups = {key: [row for row in rows if row["key"] == key] for key in keys}
+    return {key: some for key, some in groups.items() if some}
+
+
+# ------------------------------------------------------------------ pictures
+
+def figure2(args, plt):
+    """Figure 2: the loop, with the names of the code."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    axes.set(xlim=(0, 10), ylim=(0, 5))
+    axes.axis("off")
+    boxes = [
+        (1.5, 3.9, "phi: logits (L, V)\nAdversary"),
+        (5.0, 3.9, "prompt g: one-hot (L, V)\ngumbel_softmax"),
+        (8.5, 3.9, "g x_m  and  g x_f\nadult.twins"),
+        (8.5, 1.1, "f(g, x_m),  f(g, x_f)\nLanguageModel, LoRA"),
+        (5.0, 1.1, "distance of the two,\ntask on the person's own")]
+    for x, y, text in boxes:
+        axes.text(x, y, text, ha="center", va="center", fontsize=10,
+                  bbox={"boxstyle": "round,pad=.5", "fc": "#f4f4f0", "ec": "#444"})
+    arrows = [((2.8, 3.9), (3.4, 3.9), "#444"), ((6.6, 3.9), (7.2, 3.9), "#444"),
+              ((8.5, 3.3), (8.5, 1.7), "#444"), ((7.0, 1.1), (6.6, 1.1), "#444"),
+              ((4.6, 1.7), (1.7, 3.3), "C3"), ((5.6, .5), (7.9, .5), "C0")]
+    for start, end, colour in arrows:
+        style = {"arrowstyle": "->", "lw": 1.6, "color": colour}
+        axes.annotate("", end, start, arrowprops=style)
+    axes.text(3.5, 2.6, "phi_half: phi goes UP the distance,\ntheta frozen",
+              color="C3", fontsize=10)
+    axes.text(2.2, .1, "theta_step: theta goes DOWN task + lam * distance, Eq. (3); "
+              "phi frozen", color="C0", fontsize=10)
+    axes.text(.2, .9, "a round:\nphi_half,\nthen theta_step\nfor every batch",
+              fontsize=10)
+    return figure
+
+
+def figure4(args, plt):
+    """Figure 4: a known distribution learned through Gumbel-softmax samples."""
+    import gumbel
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for colour, tau in (("C0", .3), ("C1", 1.), ("C2", 2.)):
+        curves = [gumbel.figure_4(tau, seed) for seed in range(10)]
+        last, averaged = (mean_of([c[k] for c in curves]) for k in (0, 1))
+        axes.plot(last, color=colour, lw=.7, label=f"phi, tau {tau:g}")
+        axes.plot(range(200, len(averaged)), averaged[200:], color=colour, lw=2.2,
+                  label=f"average of phi since step 200, tau {tau:g}")
+    axes.set(xlabel="step of Adam (64 samples each)", yscale="log",
+             ylabel="total variation distance to the target")
+    axes.set_title("8 tokens, mean of 10 seeds", fontsize=10)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def mean_of(curves):
+    return [sum(values) / len(values) for values in zip(*curves)]
+
+
+def table1(args, plt):
+    """Table 1 as a curve over b_Pc of the shots."""
+    results = results_of(args.run)
+    points = []
+    for key, values in results["summary"].items():
+        if key.startswith("b = "):
+            points.append((float(key[4:]), values))
+    figure, left = plt.subplots(figsize=(6.5, 4))
+    right = left.twinx()
+    for axes, name, colour, text in (
+            (left, "gap", "C3", "gap: mean |p as a man - p as a woman|"),
+            (right, "acc", "C0", "accuracy, balanced rows")):
+        errorbar(axes, points, name, colour)
+        axes.set_ylabel(text, color=colour)
+    left.set_xlabel("b_Pc of the 16 labelled people in front (their bias)")
+    draws = results["config"]["seeds"]
+    left.set_title(f"the model not trained, {draws} draws of people", fontsize=10)
+    return figure
+
+
+def errorbar(axes, points, name, colour, label=None):
+    """Mean and standard deviation of a metric at each x."""
+    x = [x for x, values in points]
+    mean = [values[name][0] for x, values in points]
+    spread = [values[name][1] for x, values in points]
+    axes.errorbar(x, mean, spread, color=colour, marker="o", capsize=3, label=label)
+
+
+def rounds(args, plt):
+    """The distance of Eq. (3) under phi's prompts, before and after phi's steps."""
+    rows = results_of(args.run)["rows"]
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for k, row in enumerate(rows_by_key(rows, ["faircon"]).get("faircon", ())):
+        x, y = [], []
+        for record in row["history"]:
+            x += [record["round"], record["round"] + .45]
+            y += record["phi"]
+        axes.plot(x, y, color="C3", alpha=.6, lw=1.2,
+                  label="phi's first and last step" if k == 0 else None)
+        clean = [record["distance"] for record in row["history"]]
+        axes.plot([record["round"] + .7 for record in row["history"]], clean, "o",
+                  color="C0", alpha=.6, ms=3,
+                  label="in theta's steps of the round" if k == 0 else None)
+    axes.set(xlabel="round of the game (a curve a seed)", yscale="log",
+             ylabel="|| f(g, x_m) - f(g, x_f) ||, training rows")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def lam(args, plt):
+    """The trade-off over lam."""
+    results = results_of(args.run)
+    points = []
+    for key, values in results["summary"].items():
+        if key.startswith("lam-"):
+            points.append((float(key[4:]), values))
+    figure, left = plt.subplots(figsize=(6.5, 4))
+    right = left.twinx()
+    errorbar(left, points, "gap", "C3")
+    errorbar(right, points, "acc", "C0")
+    left.set_ylabel("gap: mean |p as a man - p as a woman|", color="C3")
+    right.set_ylabel("accuracy, balanced rows", color="C0")
+    left.set_xscale("symlog", linthresh=.1)
+    left.set_xlabel("lam of Eq. (3)")
+    left.set_title(f"{results['config']['seeds']} seeds", fontsize=10)
+    return figure
+
+
+def budget(args, plt):
+    """How the gap behind searched people grows with the search."""
+    rows = results_of(args.run, "attacks.json")["rows"]
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for colour, key in enumerate(TITLES):
+        for k, row in enumerate(rows_by_key(rows, [key]).get(key, ())):
+            worst = max(row["budget"].values(), key=lambda curve: curve[-1][2])
+            axes.plot([step[0] for step in worst], [step[2] for step in worst],
+                      color=f"C{colour}", marker="o", ms=3, alpha=.7,
+                      label=TITLES[key] if k == 0 else None)
+    axes.set(xlabel="prompts tried", xscale="log", ylim=(0, None),
+             ylabel="gap on test rows, worse direction")
+    axes.legend(fontsize=8)
+    return figure
+
+
+# ------------------------------------------------------------------ tables
+
+def table(args, plt=None):
+    """Every number of a run, mean and spread over seeds, and each seed's."""
+    results = results_of(args.run)
+    keys = list(results["summary"])
+    names = sorted({name for values in results["summary"].values() for name in values})
+    seeds = len({row["seed"] for row in results["rows"]})
+    print(f"{'':<16}" + "".join(f"{key[:13]:>14}" for key in keys))
+    for name in names:
+        text = f"{name:<16}"
+        for key in keys:
+            text += f"{train.cell(results['summary'][key].get(name), seeds):>14}"
+        print(text)
+    print("\neach seed's gap; 95 % interval over its test rows")
+    for row in results["rows"]:
+        if "intervals" in row:
+            low, high = row["intervals"]["gap"]
+            print(f"{row['key']:<16} seed {row['seed']:<4} {row['gap']:.4f} "
+                  f"[{low:.4f}, {high:.4f}]")
+
+
+WHAT = {"figure2": figure2, "figure4": figure4, "table1": table1, "rounds": rounds,
+        "lam": lam, "budget": budget, "table": table}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("run", nargs="?", help="the folder of a finished run")
+    parser.add_argument("--out", metavar="FILE.png")
+    args = parser.parse_args()
+    if args.run is None and args.what not in ("figure2", "figure4"):
+        raise InputError(f"{args.what} needs a run's folder, such as runs/default.")
+    if args.what == "table":
+        return table(args)
+    plt = pyplot()
+    figure = WHAT[args.what](args, plt)
+    out = args.out or f"figures/{args.what}.png"
+    figure.tight_layout()
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} cannot be drawn ({error}); give --out a file that "
+                         "ends in .png in a folder that exists.") from None
+    print(f"drawn: {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as problem:
+        sys.exit(f"beyond.report: {problem}")
+    except (KeyError, IndexError, TypeError) as problem:
+        sys.exit(f"beyond.report: the run lacks {problem}; is it of the right kind?")
