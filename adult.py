@@ -7,11 +7,11 @@ or " 1", is its answer to "does this person earn over $50k?".
     y = 0, 1          at most, or over, $50k                      Person.y
     x_m, x_f          one person's text as a man and as a woman   twins
     b_Pc              P(y=1|s=0) - P(y=1|s=1) of some people      base_rates, cells
-    counterbalance    each person of a prompt stands there twice, as both sexes
+    counterbalance    each person of a prompt stands there as both sexes       few_shot
 
 PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
-writes ">50K.": see `read`. Train and test rows are the same 200 there; here train rows
-come from adult.data, test rows from adult.test, and nobody is drawn twice.
+writes ">50K.": every positive of that file becomes a negative, hence the paper's x5.23.
+Train and test rows are the same 200 there; here they come from two files: `split`.
 
     python adult.py         # a row, its twins, a prompt, and where x5.23 comes from
 """
@@ -71,11 +71,11 @@ class Adult(NamedTuple):
 
 # ------------------------------------------------------------------ rows
 
-def read(path, labels_as_released=False):
+def read(path):
     """One UCI file, as it is published -> list of Person; see `parse`."""
     path = pathlib.Path(path)
     try:
-        return parse(path.read_bytes(), path, labels_as_released)
+        return parse(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a folder that holds "
                          "adult.data and adult.test.") from None
@@ -87,13 +87,11 @@ def read(path, labels_as_released=False):
                          "give a readable file.") from None
 
 
-def parse(content, path, labels_as_released=False):
+def parse(content, path):
     """The bytes of a UCI file -> list of Person. Raises InputError.
 
     adult.test begins with "|1x3 Cross validator" and its labels end in a full stop;
     both files end in a blank line and write a missing value as "?", which stays.
-    PAPER vs RELEASED CODE: `labels_as_released` compares the label as it stands with
-    ">50K": every ">50K." of adult.test becomes a negative, hence the paper's x5.23.
     """
     try:
         lines = content.decode("utf-8-sig").splitlines()
@@ -109,7 +107,7 @@ def parse(content, path, labels_as_released=False):
         if not row or row[0].startswith("|"):
             continue
         check_row(row, f"{path}, line {number}")
-        label = row[14] if labels_as_released else row[14].rstrip(".")
+        label = row[14].rstrip(".")
         people.append(Person(tuple(row[:14]), int(label == ">50K")))
     if not people:
         raise InputError(f"{path} holds no rows; download it again from {UCI}.")
@@ -258,7 +256,7 @@ def base_rates(people):
 
 
 def cells(n, bpc):
-    """How many of n people fall in each (s, y), with y and s balanced (section 2).
+    """How many of n people fall in each (s, y); y (section 2) and s are balanced.
 
         n (1 + b) / 4    men with y = 1, and women with y = 0
         n (1 - b) / 4    men with y = 0, and women with y = 1
@@ -328,8 +326,8 @@ def split(data, rows, bpc, test_rows, seed):
 
     train         rows of adult.data at b_Pc
     validation    100 others of adult.data, balanced: prompts are chosen on them
-    test          of adult.test, balanced: every reported number
-    test_bpc      of adult.test, with the bias of the training rows
+    test          of adult.test, balanced: every reported number but acc_bpc
+    test_bpc      of adult.test, with the bias of the training rows: acc_bpc
     """
     import numpy
     rng = numpy.random.default_rng(seed)

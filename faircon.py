@@ -14,13 +14,15 @@
     task       the L of Eq. (3)                                    task
     the loop   a round: phi attacks, then theta answers            Game.round
 
-PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. "ADMM" (section 3.1) is
+PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. Eq. (4) is called "one
+part" of Eq. (3); that part maximises, Eq. (4) minimises: Adversary.sign. "ADMM" is
 plain alternation; there is no dual variable.
-PAPER vs RELEASED CODE: f_theta is "the output of the LLM"; released, raw logits. Here
-probabilities, so that the distance bounds |p_m - p_f|, the gap of the tables. The
-released step of theta has no distance and no lam in it.
+PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
+released, raw logits. Here probabilities: where the two answers hold nearly all of it,
+the distance bounds |p_m - p_f|, the gap of the tables. The released step of theta has
+no distance and no lam in it.
 
-    python faircon.py      # the game on a handful of people, step by step
+    python faircon.py      # the game on forty people, step by step
 """
 import math
 import textwrap
@@ -202,7 +204,7 @@ class LanguageModel:
 # ------------------------------------------------------------------ the two terms
 
 def task(logits, people, answers):
-    """L of Eq. (3): cross-entropy of the answer, off the twin that is the person."""
+    """L of Eq. (3): cross-entropy of the answer, on the twin with the own sex."""
     s = torch.tensor([p.s for p in people], device=logits.device)
     y = torch.tensor([p.y for p in people], device=logits.device)
     own = logits[s, torch.arange(len(people), device=logits.device)]         # (B, V)
@@ -236,7 +238,7 @@ class Options:
     lr: float = 1e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g                                    [10]
     adversaries: int = 4           # distributions g_phi side by side                [1]
-    phi_steps: int = 2             # steps of each adversary in a round
+    phi_steps: int = 2             # steps of each adversary in a round             [23]
     phi_lr: float = .3             # Adam's, for phi                               [0.1]
     phi_eps: float = 1e-16         # Adam's, for phi                              [1e-8]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
@@ -245,8 +247,8 @@ class Options:
     behind: bool = True            # g also stands behind the instruction       [False]
     cut: bool = True               # theta meets prompts cut to random lengths   [False]
     clean: bool = True             # theta also answers without any prompt       [False]
-    swa: float = .4                # last share of theta's steps that SWA averages
-    dropout: float = 0.            # on LoRA's input; it fakes a gap              [0.01]
+    swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
+    dropout: float = 0.            # on LoRA's input; twins get two masks         [0.01]
 
 
 class Adversary:
@@ -347,14 +349,17 @@ class Game:
         return {"round": self.done, "phi": found, "task": t, "distance": d}
 
     def phi_half(self):
-        """g = argmax over phi of the distance -> [at phi's first step, at its last]."""
+        """phi's turn, a few steps towards the argmax of Eq. (3).
+
+        -> [mean distance at the adversaries' first step, at their last]
+        """
         self.start_phi()
         first, last = [], []
         for adversary in self.adversaries:
             seen = []
             for batch in self.batches(self.options.phi_steps):
                 questions = [self.questions[i] for i in batch]
-                seen.append(adversary.step(questions, self.place()))
+                seen.append(adversary.step(questions, self.stands_behind()))
             first += seen[:1]
             last += seen[-1:]
         return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
@@ -367,7 +372,7 @@ class Game:
         cannot follow a moving model, and around texts, since random tokens look like
         nothing that a model has learned to follow. One half of the adversaries begin
         at labelled training rows, section 2's unfair few-shot prompts, the other at
-        texts that the model itself writes, section 4's proposal ("we can however
+        texts that the model itself writes, in the spirit of section 4 ("we can however
         replace the categorical distribution to another LLM").
         """
         n, length = len(self.adversaries), self.options.prompt_length
@@ -386,12 +391,13 @@ class Game:
         ids = []
         while len(ids) < length:
             person = self.people[self.rng.integers(len(self.people))]
-            if side == (1 if person.s == person.y else -1):
+            sex = 1 - person.y if side == 1 else person.y
+            if person.s != sex:
                 person = adult.flipped(person)
             ids += self.model.ids(adult.shot(person))
         return ids[:length]
 
-    def place(self):
+    def stands_behind(self):
         """Whether a prompt stands behind the instruction, as half of them do."""
         return self.options.behind and bool(self.rng.random() < .5)
 
@@ -419,7 +425,7 @@ class Game:
         lora.train(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            prefix = self.model.prefix(g, behind=self.place())
+            prefix = self.model.prefix(g, behind=self.stands_behind())
             logits = self.model(prefix, questions)                           # (2, B, V)
             t = task(logits, people, self.model.answers)
             d = distance(logits)

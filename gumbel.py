@@ -6,8 +6,9 @@ That argmax has no derivative. Straight-through (Figure 3):
     forward     the one-hot vector of the argmax
     backward    the derivative of softmax((log p + G) / tau)
 
-PAPER vs RELEASED CODE: the paper's text has an argmax without noise; the released
-code, and this one, sample.
+PAPER vs RELEASED CODE: the paper says "sampling", and its formula is an argmax without
+noise; the released code, and this one, sample. The paper's derivative, sigma (1 -
+sigma), is the diagonal of softmax's; here it is whole.
 
     python gumbel.py                     # Figures 3 and 4 in numbers
     python -m beyond.report figure4      # Figure 4 as a picture
@@ -44,7 +45,7 @@ def gumbel_noise(shape, generator=None, device=None):
 TARGET = torch.tensor([.02, .03, .05, .08, .12, .15, .2, .35])
 
 
-def distance(phi):
+def to_target(phi):
     """Total variation distance between softmax(phi) and TARGET, in [0, 1]."""
     return (phi.softmax(-1) - TARGET).abs().sum().item() / 2
 
@@ -66,8 +67,8 @@ def figure_4(tau, seed, steps=400, start=200, lr=.1):
         optimiser.step()
         if step >= start:
             swa.update()
-        last.append(distance(phi))
-        averaged.append(distance(swa.average[0] if swa.n else phi))
+        last.append(to_target(phi))
+        averaged.append(to_target(swa.average[0] if swa.n else phi))
     return last, averaged
 
 
@@ -89,7 +90,7 @@ def lesson():
     torch.set_num_threads(1)                          # eight numbers: threads only wait
     figure_3()
     seeds = 3
-    began = distance(torch.zeros(8))
+    began = to_target(torch.zeros(8))
     print("\nFigure 4: logits trained until their samples look like a known "
           f"distribution;\ndistance to it, {began:.3f} at the start; "
           f"mean of the last 100 steps, {seeds} seeds\n\ntau     phi      its SWA")

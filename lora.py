@@ -6,7 +6,7 @@
     A (r, in)     trained, random at the start
     B (out, r)    trained, zero at the start: LoRA begins as the base model
 
-All A and B together are the theta of Eq. (3). Names and files are PEFT's.
+All A and B together are the theta of Eq. (3). Saved files and their tensors are PEFT's.
 PAPER vs RELEASED CODE: the paper's "0.5 %" of GPT-Neo-1.3B is r = 32 (0.476 %);
 the released r = 4 is 0.060 %.
 
@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
             return y                                              # B A is in W already
         x = nn.functional.dropout(x, self.dropout, self.training)
         low = x @ self.A.to(x.dtype).T                            # A x: (..., r)
-        low = low * (self.alpha / self.r)                         # scaled while small
+        low = low * (self.alpha / self.r)                         # scaled while narrow
         return y + low @ self.B.to(x.dtype).T                     # + B A x: (..., out)
 
 

@@ -94,9 +94,10 @@ def bootstrap(p, y, s, draws=200, seed=0):
 # ------------------------------------------------------------------ the lesson
 
 def figure_1(s_shapes_x, model_uses_s, n=200_000, seed=0):
-    """One world and one model of Figure 1 -> its metrics.
+    """A world (case 1 or 2 of Figure 1) and a model -> its metrics.
 
-    In every world y depends on X alone, so that a model may use X and nothing else.
+    In both worlds y depends on X alone. In the paper's figure the model always uses s;
+    NOT IN THE PAPER: one that does not, for comparison.
     """
     rng = numpy.random.default_rng(seed)
     s = rng.integers(2, size=n)
@@ -118,8 +119,9 @@ def lesson():
             assert (m["gap"] > 0) == bool(uses_s), "the gap sees whether s is used"
     innocent = figure_1(1, 0)
     print("\nIn case 1 the model that never looks at s has gap 0, and still a DPD of "
-          f"{innocent['dpd']:.2f}:\nmen and women differ in X. Only the gap tells a "
-          "model that uses s from one that does not.")
+          f"{innocent['dpd']:.2f}\nand a DEO of {innocent['deo']:.2f}: men and women "
+          "differ in X. In both worlds only the gap\ntells a model that uses s from "
+          "one that does not.")
     print("\nnow try: a model that weighs X less for women. Which metric sees it?")
 
 

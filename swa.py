@@ -8,8 +8,6 @@ mean(A) mean(B) is not mean(B A): it is the factors that are averaged.
 
     python swa.py       # the last weights of a noisy descent, and their average
 """
-from contextlib import contextmanager
-
 import torch
 
 
@@ -35,18 +33,6 @@ class SWA:
             return
         for w, average in zip(self.parameters, self.average):
             w.copy_(average)
-
-    @contextmanager
-    def averaged(self):
-        """Inside this `with` the parameters hold the average, then their own values."""
-        own = [w.detach().clone() for w in self.parameters]
-        self.apply()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for w, value in zip(self.parameters, own):
-                    w.copy_(value)
 
 
 # ------------------------------------------------------------------ the lesson

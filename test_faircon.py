@@ -184,8 +184,9 @@ def test_bootstrap_draws_a_person_with_their_twin():
 @pytest.mark.parametrize("as_released, b, ratio", [(True, .1312, 5.23),
                                                    (False, .1945, 3.18)])
 def test_the_papers_base_rates_come_from_a_label_bug(as_released, b, ratio):
-    people = adult.read(REAL / "adult.data", as_released)
-    people += adult.read(REAL / "adult.test", as_released)
+    people = adult.read(REAL / "adult.data")
+    test = adult.read(REAL / "adult.test")
+    people += [p._replace(y=0) for p in test] if as_released else test
     found = adult.base_rates(people)
     assert (len(people), round(found[0], 4), round(found[1], 2)) == (48842, b, ratio)
 
@@ -251,7 +252,6 @@ def test_reading_forgives_what_is_harmless(tmp_path):
     (tmp_path / "bom").write_text(content, encoding="utf-8-sig")
     people = adult.read(tmp_path / "bom")
     assert [p.y for p in people] == [1, 0], "the full stop of adult.test is no label"
-    assert [p.y for p in adult.read(tmp_path / "bom", True)] == [0, 0]
 
 
 @pytest.mark.parametrize("content, why", [
@@ -954,7 +954,7 @@ def test_peft_reads_our_adapter(model, tmp_path):
 
 # ------------------------------------------------------------------ 4.2 SWA
 
-def test_swa_is_the_librarys_average_and_goes_back():
+def test_swa_is_the_librarys_average():
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
     start, ours = copies(layer.parameters()), swa.SWA(layer.parameters())
@@ -966,13 +966,10 @@ def test_swa_is_the_librarys_average_and_goes_back():
             p.data += torch.randn(p.shape)
         theirs.update_parameters(layer)
         ours.update()
-    own = copies(layer.parameters())
-    with ours.averaged():
-        for p, average in zip(layer.parameters(), theirs.module.parameters()):
-            assert torch.allclose(p, average, atol=1e-6)
-    assert same(layer.parameters(), own) and ours.n == 5
     ours.apply()
-    assert same(layer.parameters(), ours.average)
+    for p, average in zip(layer.parameters(), theirs.module.parameters()):
+        assert torch.allclose(p, average, atol=1e-6)
+    assert same(layer.parameters(), ours.average) and ours.n == 5
 
 
 def test_the_game_averages_the_last_share_of_its_steps(model, data, monkeypatch):

@@ -108,7 +108,7 @@ def parser():
     g.add_argument("--lam", type=GAME["lam"],
                    help="weight of the distance in Eq. (3) (1)")
     g.add_argument("--rounds", type=COUNT, help="passes over the rows (12; paper 10)")
-    g.add_argument("--prompt-length", type=COUNT, help="tokens of g (280; paper 10)")
+    g.add_argument("--prompt-length", type=COUNT, help="tokens of g (560; paper 10)")
     g.add_argument("--set", type=setting, nargs="+", action="extend", default=[],
                    metavar="FIELD=VALUE", help="any other field of faircon.Options, "
                    "explained there; also alpha (16) of LoRA")
@@ -192,7 +192,8 @@ def train_model(config, key, seed, folder):
         row.update(fair_prompt(model, people, config, seed, place))
     elif key == "random-prompt":
         rng = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(model.usable), (10,), generator=rng)
+        length = options_of(config, "fair-prompt")[0].prompt_length
+        chosen = torch.randint(len(model.usable), (length,), generator=rng)
         row["g"] = [model.usable[i] for i in chosen]
     if key == "always-0":
         row.update(constant(people))
@@ -219,7 +220,11 @@ def play(model, people, config, key, seed, place):
         rows = rows + [adult.flipped(p) for p in rows]
         options = dataclasses.replace(options, batch_size=2 * options.batch_size)
     game = faircon.Game(model, rows, options, seed)
-    history = resume(game, place, load_state)
+    state = load_state(place)
+    history = []
+    if state:
+        game.restore(state["game"])
+        history = state["history"]
     while game.done < options.rounds:
         history.append(game.round())
         say(f"  {key} {seed}  {line(history[-1], options.rounds)}")
@@ -240,22 +245,15 @@ def play(model, people, config, key, seed, place):
     return told
 
 
-def resume(game, place, load_state):
-    """Take up the state in `place`, if there is one -> the history so far."""
-    state = load_state(place)
-    if state is None:
-        return []
-    game.restore(state["game"])
-    return state["history"]
-
-
 def fair_prompt(model, people, config, seed, place):
     """Eq. (4): phi lowers the distance, theta is frozen -> the prompt that does best.
 
     Chosen on validation rows among samples of the adversaries.
     """
     import faircon
-    options, _, _ = options_of(config, "fair-prompt")
+    import lora
+    options, rank, _ = options_of(config, "fair-prompt")
+    lora.inject(model.model, rank)                 # B = 0 and never trained
     game = faircon.Game(model, people.train, options, seed, sign=-1)
     history, found = [], []
     for k in range(options.rounds):
@@ -536,7 +534,7 @@ def run(args):
     seeds = range(args.seed, args.seed + args.seeds)
     work = train_model if args.table == 3 else few_shot_rows
     small = "a small model" in depends_on["model"]["computed in"]
-    workers = args.jobs or (cores() if small and leader_alone() else 1)
+    workers = args.jobs or (cores() if small and alone() else 1)
     workers = min(workers, len(keys) * args.seeds)
     with open_run(args.name, depends_on, args.resume) as folder:
         jobs = [(config, key, seed, str(folder)) for seed in seeds for key in keys]
@@ -558,16 +556,18 @@ def run(args):
     if args.table == 3 and not args.prompt_only:
         say(LEGEND.format(shots=args.shots))
     warn(rows)
-    show_prompt(rows[-1])
-    say(f"\nsaved in {folder}/: results.json, and each model's adapter (PEFT's format)")
+    say(f"\nsaved in {folder}/: results.json")
     if args.table == 3 and not args.prompt_only:
-        say(f"next:    python -m beyond.attacks {folder}")
+        show_prompt(rows[-1])
+        say(f"\neach model's adapter is in {folder}/MODEL-SEED/ (PEFT's format)"
+            f"\nnext:    python -m beyond.attacks {folder}")
 
 
+# Roughly how long each takes: the longest begin first, so that no core waits.
 WORK = {"paper": 2, "faircon": 3, "fair-prompt": 3, "cda": 1, "fine-tuned": 1}
 
 
-def leader_alone():
+def alone():
     """Not one of several processes."""
     return "TORCHELASTIC_RUN_ID" not in os.environ
 

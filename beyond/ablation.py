@@ -34,39 +34,39 @@ class RandomPrompts(faircon.Game):
         return [faircon.CLEAN, list(self.rng.choice(usable, length))]
 
 
-class TrainingRows(faircon.Game):
-    """phi begins around labelled training rows, section 2's unfair few-shot prompts.
-
-    Nothing that the model writes is needed; b_Pc is 1 or -1 by turns.
-    """
+class RowsAlone(faircon.Game):
+    """Every adversary begins around training rows; the model writes nothing."""
 
     def start_phi(self):
-        length = self.options.prompt_length
-        for k, adversary in enumerate(self.adversaries):
-            b = (1., -1.)[k % 2]
-            people = adult.sample(self.people, len(self.people) // 4 * 2, 0., self.rng)
-            shots = "".join(adult.shot(biased(p, b)) for p in people)
-            adversary.start_around(self.model.ids(shots)[:length])
+        for adversary in self.adversaries:
+            rows = self.unfair_rows(adversary.side, self.options.prompt_length)
+            adversary.start_around(rows)
 
 
-def biased(person, b):
-    """The same row with the label that b_Pc = b (1 or -1) gives its sex."""
-    return person._replace(y=1 - person.s if b > 0 else person.s)
+class WrittenAlone(faircon.Game):
+    """Every adversary begins around a text that the model writes."""
+
+    def start_phi(self):
+        texts = self.model.write(len(self.adversaries), self.options.prompt_length,
+                                 self.generator)
+        for adversary, text in zip(self.adversaries, texts):
+            adversary.start_around(text)
 
 
 # name: (what is changed, the game, the options)
 VARIANTS = {
     "faircon": ("", faircon.Game, {}),
+    "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
+    "rows-alone": ("phi begins at training rows alone", RowsAlone, {}),
+    "written-alone": ("phi begins at the model's texts alone", WrittenAlone, {}),
+    "one-sided": ("phi raises the distance", faircon.Game, {"two_sided": False}),
+    "in-front": ("prompts in front alone", faircon.Game, {"behind": False}),
+    "uncut": ("prompts whole", faircon.Game, {"cut": False}),
+    "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
     "no-adversary": ("the clean prompt alone", faircon.Game, {"adversaries": 0}),
     "random-prompts": ("tokens at random", RandomPrompts, {"phi_steps": 0}),
-    "no-phi-steps": ("the model's texts, no phi step", faircon.Game, {"phi_steps": 0}),
-    "training-rows": ("phi begins at training rows", TrainingRows, {}),
-    "rows-no-phi": ("training rows, phi untrained", TrainingRows, {"phi_steps": 0}),
     "noise": ("phi begins at noise, goes on", faircon.Game, {"starts": "noise"}),
-    "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
-    "one-adversary": ("one instead of two", faircon.Game, {"adversaries": 1}),
-    "prompts-80": ("prompts of 80 tokens", faircon.Game, {"prompt_length": 80}),
-    "prompts-10": ("prompts of 10 tokens", faircon.Game, {"prompt_length": 10}),
+    "prompts-280": ("prompts of 280 tokens", faircon.Game, {"prompt_length": 280}),
     "eps-1e-8": ("Adam's usual eps for phi", faircon.Game, {"phi_eps": 1e-8}),
     "no-swa": ("the last weights", faircon.Game, {"swa": 0.}),
     "no-sex": ("sex left out of the text", faircon.Game, {"adversaries": 0, "lam": 0.})}
@@ -150,16 +150,18 @@ def main():
 
 
 def show(rows, seeds):
-    columns = {"ACC": "acc", "gap": "gap", "16 shots": "shots", "climb": "climb"}
-    print("\n" + " " * 36 + "".join(f"{name:>12}" for name in columns))
+    columns = {"ACC": "acc", "gap": "gap", "16 shots": "shots", "climb": "climb",
+               "tokens": "tokens"}
+    print("\n" + " " * 38 + "".join(f"{name:>10}" for name in columns))
     for key, values in train.summary(rows).items():
         changed = next(row["changed"] for row in rows if row["key"] == key)
-        text = f"{changed or 'FairCon':<36}"
+        text = f"{changed or 'FairCon':<38}"
         for name in columns.values():
-            text += f"{train.cell(values.get(name), seeds):>12}"
+            text += f"{train.cell(values.get(name), seeds):>10}"
         print(text)
-    print("\n16 shots: gap behind 16 labelled people, the largest over b_Pc. climb: "
-          "behind\npeople searched one by one, in both directions (beyond/attacks.py).")
+    print("\nThe largest gap on 200 test rows behind 16 labelled people (over b_Pc), "
+          "people\nsearched one by one (both directions), other texts: "
+          "beyond/attacks.py, `short`.")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Planted:
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
 
-    def prefix(self, g):
+    def prefix(self, g, behind=False):
         return g if torch.is_tensor(g) else self.embed[g]                    # (L, V)
 
     def __call__(self, prefix, questions):
@@ -249,7 +249,7 @@ def test_worst_gap_counts_every_few_shot_draw(model, data, people):
     row = attacks.attack(model, people, data, size, 0)
     few = [e for name, e in row["attacks"].items() if " b = " in name]
     draws = [gap for entry in few for gap in entry["draws"]]
-    assert len(draws) == 20
+    assert len(draws) == 24
     assert row["worst"] == max(draws), "this model's worst is a few-shot prompt"
     assert row["worst"] > max(entry["gap"] for entry in few), "draws, not their mean"
     assert row["test_rows"] == 8
