@@ -125,19 +125,26 @@ class LanguageModel:
 
     # ---- the forward pass
 
-    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, behind=False):
+    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, behind=0.):
         """Embeddings (P, D) of what stands before the question: g, then the context.
 
         g: CLEAN, token ids, or one-hot rows (L, V) that carry a gradient.
-        behind: the context first, then g.
+        behind: the share of g, its end, that stands behind the context instead.
         """
         context = self.embed[self.ids(context)]
         bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
         if g is CLEAN:
             return torch.cat([bos, context])
         g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[g]
-        g = torch.cat([g, self.embed[self.ids("\n")]])
-        return torch.cat([bos, context, g] if behind else [bos, g, context])
+        newline = self.embed[self.ids("\n")]
+        front = len(g) - round(behind * len(g))
+        parts = [bos]
+        if front > 0:
+            parts += [g[:front], newline]
+        parts.append(context)
+        if front < len(g):
+            parts += [g[front:], newline]
+        return torch.cat(parts)
 
     def __call__(self, prefix, questions):
         """-> float32 logits (2, B, V) at the answer; twin 0 is the man. InputError."""
@@ -237,14 +244,14 @@ class Options:
     batch_size: int = 10           # people in a step of theta and of phi            [9]
     lr: float = 1e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g                                    [10]
-    adversaries: int = 4           # distributions g_phi side by side                [1]
+    adversaries: int = 6           # distributions g_phi side by side                [1]
     phi_steps: int = 2             # steps of each adversary in a round             [23]
     phi_lr: float = .3             # Adam's, for phi                               [0.1]
     phi_eps: float = 1e-16         # Adam's, for phi                              [1e-8]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     starts: str = "texts"          # where phi begins, see Game.start_phi      ["noise"]
     two_sided: bool = True         # see Adversary.unfairness                   [False]
-    behind: bool = True            # g also stands behind the instruction       [False]
+    behind: bool = True            # g stands around the instruction            [False]
     cut: bool = True               # theta meets prompts cut to random lengths   [False]
     clean: bool = True             # theta also answers without any prompt       [False]
     swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
@@ -305,7 +312,7 @@ class Adversary:
         p = self.model.p_yes(logits)                                         # (2, B)
         return self.side * (p[0] - p[1]).mean()
 
-    def step(self, questions, behind=False):
+    def step(self, questions, behind=0.):
         """phi's step, theta frozen: more unfair -> the distance before it."""
         prefix = self.model.prefix(self.sample(), behind=behind)
         logits = self.model(prefix, questions)
@@ -359,7 +366,7 @@ class Game:
             seen = []
             for batch in self.batches(self.options.phi_steps):
                 questions = [self.questions[i] for i in batch]
-                seen.append(adversary.step(questions, self.stands_behind()))
+                seen.append(adversary.step(questions, self.share_behind()))
             first += seen[:1]
             last += seen[-1:]
         return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
@@ -369,19 +376,22 @@ class Game:
 
         "noise": at random in the first round, then it goes on where it was, as in the
         paper. "texts": anew in every round, since a distribution that has settled
-        cannot follow a moving model, and around texts, since random tokens look like
-        nothing that a model has learned to follow. One half of the adversaries begin
-        at labelled training rows, section 2's unfair few-shot prompts, the other at
-        texts that the model itself writes, in the spirit of section 4 ("we can however
-        replace the categorical distribution to another LLM").
+        cannot follow a moving model; a third of the adversaries each
+        * around labelled training rows, section 2's unfair few-shot prompts,
+        * around texts that the model itself writes, in the spirit of section 4 ("we can
+          however replace the categorical distribution to another LLM"),
+        * at random tokens.
         """
-        n, length = len(self.adversaries), self.options.prompt_length
-        if self.options.starts == "noise" or n == 0:
+        length, third = self.options.prompt_length, len(self.adversaries) // 3
+        if self.options.starts == "noise" or not self.adversaries:
             return
-        rows = [self.unfair_rows(a.side, length) for a in self.adversaries[:n // 2]]
-        texts = rows + self.model.write(n - n // 2, length, self.generator)
-        for adversary, text in zip(self.adversaries, texts):
+        for adversary in self.adversaries[:third]:
+            adversary.start_around(self.unfair_rows(adversary.side, length))
+        texts = self.model.write(max(1, third), length, self.generator)
+        for adversary, text in zip(self.adversaries[third:], texts):
             adversary.start_around(text)
+        for adversary in self.adversaries[third + len(texts):]:
+            adversary.start(.2 * adversary.noise(length))
 
     def unfair_rows(self, side, length):
         """`length` tokens of labelled training rows at b_Pc = side, +1 or -1.
@@ -397,9 +407,10 @@ class Game:
             ids += self.model.ids(adult.shot(person))
         return ids[:length]
 
-    def stands_behind(self):
-        """Whether a prompt stands behind the instruction, as half of them do."""
-        return self.options.behind and bool(self.rng.random() < .5)
+    def share_behind(self):
+        """How much of a prompt stands behind the instruction: none, all, or a part."""
+        part = self.rng.random()
+        return [0., 1., part][self.rng.integers(3)] if self.options.behind else 0.
 
     def prompts(self):
         """What stands in front in one step of theta.
@@ -425,7 +436,7 @@ class Game:
         lora.train(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            prefix = self.model.prefix(g, behind=self.stands_behind())
+            prefix = self.model.prefix(g, behind=self.share_behind())
             logits = self.model(prefix, questions)                           # (2, B, V)
             t = task(logits, people, self.model.answers)
             d = distance(logits)

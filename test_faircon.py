@@ -380,9 +380,11 @@ def test_f_theta_is_the_models_answer_to_the_whole_text(model, data):
     assert len(questions[0][0]) < len(questions[-1][0])
     shots = adult.few_shot(data.train, 4, 1., numpy.random.default_rng(0))
     g, instruction = model.usable[5:12], encode(model, adult.INSTRUCTION)
-    line = g + encode(model, "\n")
+    newline = encode(model, "\n")
+    line, around = g + newline, g[:3] + newline + instruction + g[3:] + newline
     cases = [(model.prefix(), instruction), (model.prefix(g), line + instruction),
-             (model.prefix(g, behind=True), instruction + line),
+             (model.prefix(g, behind=1.), instruction + line),
+             (model.prefix(g, behind=.5), around),
              (model.prefix(context=shots), encode(model, shots))]
     for prefix, before in cases:
         logits = model(prefix, questions)
@@ -657,7 +659,7 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
 @pytest.mark.parametrize("starts", ["noise", USUAL["starts"]])
 def test_noise_goes_on_and_texts_begin_anew(model, data, monkeypatch, starts):
     game, seen, written = game_of(model, people_of(data, 8), starts=starts), [], []
-    adversary = game.adversaries[-1]                 # the last begins at a written text
+    adversary = game.adversaries[0]         # of two, the first begins at a written text
 
     def see(*_):
         state = adversary.optimiser.state_dict()["state"]
@@ -680,10 +682,14 @@ def test_adversaries_take_turns_at_the_sides_and_rows_are_unfair(model, data,
                                                                  monkeypatch):
     """Rows of b_Pc = 1 for the side that favours men, -1 for the one for women."""
     monkeypatch.setattr(model, "write", lambda n, *_: [model.usable[:300]] * n)
-    game = game_of(model, people_of(data, 8), starts=USUAL["starts"], adversaries=4,
+    game = game_of(model, people_of(data, 8), starts=USUAL["starts"], adversaries=6,
                    prompt_length=300)
     game.start_phi()
-    assert [adversary.side for adversary in game.adversaries] == [1, -1, 1, -1]
+    assert [adversary.side for adversary in game.adversaries] == [1, -1] * 3
+    for adversary in game.adversaries[2:4]:
+        assert adversary.phi.argmax(-1).tolist() == model.usable[:300]
+    for adversary in game.adversaries[4:]:
+        assert adversary.phi.abs().max() < 2, "these begin at random tokens"
     for adversary, unfair in zip(game.adversaries, ("Male1 Female0", "Male0 Female1")):
         text = model.decode(adversary.phi.argmax(-1).tolist())
         shots = re.findall(r"sex (\w+),[^\n]*\nlabel: ([01])\n", text)

@@ -391,13 +391,13 @@ def show(rows, args):
         columns[f"{args.shots} shots"] = "shots"
     titles = {key: title for key, (title, _) in models_of(args).items()}
     printed = TABLE_3 if args.table == 3 else TABLES_1_2
-    wide = 23 if args.table == 3 else 27
-    say("\n" + " " * wide + "".join(f"{name:>10}" for name in columns)
+    wide, narrow = (23, 10) if args.table == 3 else (27, 11)
+    say("\n" + " " * wide + "".join(f"{name:>{narrow}}" for name in columns)
         + "   in the paper")
     for key, values in summary(rows).items():
         text = f"{titles.get(key, key):<{wide}}"
         for name in columns.values():
-            text += f"{cell(values.get(name), args.seeds):>10}"
+            text += f"{cell(values.get(name), args.seeds):>{narrow}}"
         if key in printed and not args.prompt_only:
             text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
         say(text)

@@ -69,7 +69,7 @@ class Planted:
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
 
-    def prefix(self, g, behind=False):
+    def prefix(self, g, behind=0.):
         return g if torch.is_tensor(g) else self.embed[g]                    # (L, V)
 
     def __call__(self, prefix, questions):

@@ -332,15 +332,18 @@ class Seen(Exception):
 def test_train_rows_are_played_with_and_cda_has_both_twins(key, here, monkeypatch):
     """No test row is trained on; CDA has each row once as a man, once as a woman."""
     def game(model, people, options, seed, sign=1):
-        raise Seen(people)
+        raise Seen(people, lora.theta(model.model)[0], seed)
     monkeypatch.setattr(faircon, "Game", game)
     config = {"prompt_only": False, "paper": False, "model": "tiny", "dtype": "auto",
               "device": "auto", "game": {}, "data": "data", "rows": 24, "bpc": .5,
               "test_rows": 24}
     with pytest.raises(Seen) as seen:
-        train.train_model(config, key, 0, "runs/x")
-    people, = seen.value.args
-    rows = adult.split(train.load_data_once("data"), 24, .5, 24, 0)
+        train.train_model(config, key, 5, "runs/x")
+    people, A, seed = seen.value.args
+    model, _ = train.load_once("tiny", "auto", "auto")
+    lora.inject(model.model, len(A), seed=5)
+    assert seed == 5 and torch.equal(lora.theta(model.model)[0], A), "one seed for all"
+    rows = adult.split(train.load_data_once("data"), 24, .5, 24, 5)
     if key == "cda":
         assert people[24:] == [adult.flipped(p) for p in people[:24]]
     assert people[:24] == rows.train and len(people) == (48 if key == "cda" else 24)
@@ -357,6 +360,7 @@ def test_a_finished_run_gives_its_numbers_again(full, home, monkeypatch, capsys)
     results["config"]["device"] = "cuda"
     results["rows"][-1]["gap"] += 1e-9
     (home / "elsewhere/results.json").write_text(json.dumps(results))
+    runs.load_run("elsewhere")                 # made on a GPU, read where there is none
     monkeypatch.setattr(sys, "argv", ["runs", "elsewhere", "--data", "data"])
     with pytest.raises(InputError, match="1 models do not give the saved numbers"):
         runs.main()
