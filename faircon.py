@@ -299,6 +299,10 @@ class Adversary:
     def sample_ids(self):
         return self.sample().argmax(-1).tolist()
 
+    def likeliest_ids(self):
+        """The most probable token of each place: what phi stands for, without luck."""
+        return (self.phi + self.model.mask).argmax(-1).tolist()
+
     def unfairness(self, logits):
         """What phi raises; logits (2, B, V).
 

@@ -19,13 +19,13 @@ released code trains and measures on the same 200. Here: adult.split.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import platform
 import re
 import signal
 import sys
+import textwrap
 import warnings
 
 import adult
@@ -135,6 +135,8 @@ def models_of(args):
         del models["cda"], models["paper"]
     if args.paper:
         del models["cda"], models["faircon"]
+    if not alone():
+        models.pop("paper", None)           # its batch of 9 has no equal shares
     if given_options(args).get("lam") == 0:
         models.pop("faircon", None)                      # it would be "fine-tuned"
         models.pop("paper", None)
@@ -220,29 +222,27 @@ def play(model, people, config, key, seed, place):
         rows = rows + [adult.flipped(p) for p in rows]
         options = dataclasses.replace(options, batch_size=2 * options.batch_size)
     game = faircon.Game(model, rows, options, seed)
-    state = load_state(place)
-    history = []
-    if state:
-        game.restore(state["game"])
-        history = state["history"]
+    told = load_state(place) or {"history": [], "prompts": []}
+    if "game" in told:
+        game.restore(told.pop("game"))
+    history = told["history"]
     while game.done < options.rounds:
         history.append(game.round())
         say(f"  {key} {seed}  {line(history[-1], options.rounds)}")
+        found = [a.likeliest_ids() for a in game.adversaries]
+        told["prompts"] = [model.decode(g) for g in found]
         if leader():
-            save_state(place, {"game": game.state(), "history": history})
+            save_state(place, {"game": game.state(), **told})
     with lora.merged(model.model):
         raw = faircon.measure(model, people.test)
     game.swa.apply()
     if leader():
         lora.save(model.model, place / "adapter", config["model"])
-    told = {"history": history, "options": dataclasses.asdict(options), "rank": rank,
-            "alpha": alpha, "swa_weights": game.swa.n, "without_swa": raw}
-    if game.adversaries:
-        prompts = [model.decode(a.sample_ids()) for a in game.adversaries]
-        told["prompt"] = prompts[0]
-        if leader():
-            write_json(place / "prompts.json", prompts)
-    return told
+        write_json(place / "prompts.json", told["prompts"])
+    prompt = told["prompts"][0] if told["prompts"] else None
+    return {"history": history, "options": dataclasses.asdict(options), "rank": rank,
+            "alpha": alpha, "swa_weights": game.swa.n, "without_swa": raw,
+            "prompt": prompt}
 
 
 def fair_prompt(model, people, config, seed, place):
@@ -488,7 +488,8 @@ def prepare(args):
     config["game"] = given_options(args)
     most = 200 if args.quick else 1000
     config["test_rows"] = args.test_rows or enough(data.test, args.bpc, most)
-    adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)  # can it be?
+    adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)  # can it?
+    warnings.filterwarnings("ignore", "b_Pc")                             # said once
     model, how = load_once(args.model, args.dtype, args.device)
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {how}")
@@ -498,6 +499,8 @@ def prepare(args):
         "versions": {"torch": torch.__version__, "numpy": numpy_version(),
                      "transformers": transformers.__version__,
                      "python": platform.python_version()}}
+    if not args.prompt_only:
+        check_shots(model, data, args)
     if args.table == 3:
         check_prompts(model, data, args, config)
         _, rank, alpha = options_of(config, list(models_of(args))[-1])
@@ -513,8 +516,23 @@ def numpy_version():
     return numpy.__version__
 
 
+def check_shots(model, data, args):
+    """Refuse few-shot prompts that cannot be drawn or read, before any work."""
+    import numpy
+    if args.table == 2 and args.shots % 4 or args.shots % 2:
+        raise InputError(f"--shots {args.shots} cannot be balanced over two sexes; "
+                         "give an even number, for Table 2 a multiple of 4.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shots = adult.few_shot(data.train, args.shots, 0., numpy.random.default_rng(0))
+    before = len(model.prefix(context=shots))
+    model.check_length(before, model.questions(data.test[:20]))
+
+
 def check_prompts(model, data, args, config):
-    """Refuse a prompt beyond the context before any work."""
+    """Refuse a prompt beyond the context, or none at all, before any work."""
+    if args.prompt_only and options_of(config, "fair-prompt")[0].adversaries == 0:
+        raise InputError("--prompt-only needs an adversary; leave out adversaries=0.")
     longest = 0
     for key, (_, own) in models_of(args).items():
         if own is not None:
@@ -573,7 +591,6 @@ def alone():
 
 
 def show_question(data):
-    import textwrap
     text = adult.twins(data.test[0])[0]
     say("a question (x_m; its twin x_f says Female), answered by the next token:\n")
     for part in text.split("\n"):
@@ -603,7 +620,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         if args.paper:
-            print("as in the paper: " + json.dumps(PAPER))
+            settings = ", ".join(f"{name} {value}" for name, value in PAPER.items())
+            print(textwrap.fill(f"as in the paper: {settings}", 88))
         run(args)
     except InputError as problem:
         sys.exit(f"train.py: {problem}")

@@ -77,6 +77,8 @@ def setting(text):
         return field, GAME[field](value)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{value!r} is no value of {field}") from None
+    except argparse.ArgumentTypeError as problem:
+        raise argparse.ArgumentTypeError(f"{field}={problem}") from None
 
 
 def folder_name(text):
