@@ -39,7 +39,7 @@ PAPER = {
     "phi_eps": 1e-8, "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32,
     "alpha": 16., "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
-QUICK = {"prompt_length": 60, "rounds": 8, "phi_steps": 4}
+QUICK = {"prompt_length": 100, "rounds": 6, "adversaries": 3}
 TASK_ALONE = {"lam": 0., "adversaries": 0, "clean": True}
 MODELS = {
     "always-0": ('always "0"', None),
