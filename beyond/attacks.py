@@ -1,9 +1,9 @@
 """NOT IN THE PAPER: how unfair a finished model still is, behind prompts of others.
 
 The game trains theta against its own adversaries, a third of which begin around
-labelled training rows at b_Pc = 1 and -1. Here others attack: other people, searches and
-places. Every prompt that is chosen is chosen on 64 validation people and reported on
-test rows that no choice has seen: an empirical worst case, no proof.
+labelled training rows at b_Pc = 1 and -1. Here others attack: other people, other
+searches, other places. Every prompt that is chosen is chosen on 64 validation people
+and reported on test rows that no choice has seen: an empirical worst case, no proof.
 
     few-shot           labelled people drawn at b_Pc, not chosen        few_shot
     other wording      the same, written otherwise                      reworded
