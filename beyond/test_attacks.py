@@ -278,7 +278,8 @@ def finished_run(folder, model, data):
 
 
 def asked(kind):
-    size = {**SMALL, "climb": 2, "tokens": 2, "draws": 1}
+    size = {**SMALL, "climb": 2, "tokens": 2, "draws": 1, "lengths": [6],
+            "climbs": [["behind", "few", 4]]}                # lists, as in JSON
     return {"kind": kind, "size": size, "data": None, "model_path": None,
             "device": "cpu"}
 
@@ -294,10 +295,10 @@ def test_results_do_not_depend_on_jobs_and_are_kept(tmp_path, model, data):
     assert rows[1][0]["attacks"] != rows[1][1]["attacks"], "seeds differ"
     saved = runs.read_json(folder / "not-trained-1" / "attacks-2.json")
     assert saved["row"] == rows[2][1]
-    runs.write_json(folder / "not-trained-1" / "attacks-2.json",
-                    {**saved, "asked": asked("2"), "row": "kept"})
+    kept = {**saved, "row": "kept"}
+    runs.write_json(folder / "not-trained-1" / "attacks-2.json", kept)
     again = attacks.attack_model(str(folder), "not-trained", 1, asked("2"))
-    assert again != "kept", "JSON has lists where `asked` has tuples: asked otherwise"
+    assert again == "kept", "a finished model was attacked again"
 
 
 def test_the_table_fits_and_ends_in_the_worst(capsys):
