@@ -16,7 +16,6 @@
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code trains and measures on the same 200. Here: adult.split.
 """
-import argparse
 import dataclasses
 import functools
 import os
@@ -180,7 +179,6 @@ def train_model(config, key, seed, folder):
     if (place / "rows.json").exists():
         return read_json(place / "rows.json", list)
     import torch
-    import faircon
     import lora
     torch.manual_seed(seed + rank_of_process())
     model, _ = load_once(config["model"], config["dtype"], config["device"])
@@ -601,7 +599,7 @@ def show_question(data):
 def show_prompt(row):
     if row.get("prompt"):
         text = re.sub(r"[^\x20-\x7e]+", " ", row["prompt"])
-        say(f"\na prompt of the adversary (section 5), against {row['key']}:\n"
+        say(f"\nan adversary's likeliest prompt (section 5), against {row['key']}:\n"
             f"    {text[:80]}...")
 
 

@@ -12,8 +12,6 @@ import pathlib
 import sys
 from dataclasses import replace
 
-import numpy
-
 import adult
 import faircon
 import lora

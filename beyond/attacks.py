@@ -22,7 +22,6 @@ and reported on test rows that no choice has seen: an empirical worst case, no p
 
     python -m beyond.attacks runs/NAME [--full]     # -> runs/NAME/attacks.json
 """
-import argparse
 import hashlib
 import json
 import math

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 import adult
 import faircon
 import lora
-import metrics
 import train
 from adult import InputError
 from beyond import ablation, attacks, cost, fast, report, runs
