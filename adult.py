@@ -368,6 +368,10 @@ def lesson():
         people += [p._replace(y=0) for p in data.test] if as_released else data.test
         b, ratio = base_rates(people)
         print(f"{how:<26} x{ratio:<12.2f} {b:.4f}")
+    seen = {text(p) for p in data.train}
+    share = sum(text(p) in seen for p in data.test) / len(data.test)
+    print(f"\n{100 * share:.1f} % of adult.test's questions stand word for word in "
+          "adult.data.")
     print("\nnow try: leave sex out of ATTRIBUTES; which check fails, and why?")
 
 

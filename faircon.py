@@ -472,40 +472,6 @@ class Game:
                 break
         return batches[:n]
 
-    def state(self):
-        """What a resumed game needs to go on bit for bit: tensors, numbers, strings.
-
-        Live ones: save them before the game goes on.
-        """
-        adversaries = []
-        if self.options.starts == "noise":
-            for adversary in self.adversaries:
-                adversaries.append({"phi": adversary.phi.detach(),
-                                    "optimiser": adversary.optimiser.state_dict()})
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"done": self.done, "theta": [p.detach() for p in self.theta],
-                "optimiser": self.optimiser.state_dict(), "adversaries": adversaries,
-                "swa": (self.swa.average, self.swa.n),
-                "rng": self.rng.bit_generator.state, "cuda": cuda,
-                "generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-
-    def restore(self, state):
-        """Go on where `state` was taken."""
-        for p, saved in zip(self.theta, state["theta"]):
-            p.data.copy_(saved)
-        self.optimiser.load_state_dict(state["optimiser"])
-        for adversary, saved in zip(self.adversaries, state["adversaries"]):
-            adversary.start(saved["phi"])
-            adversary.optimiser.load_state_dict(saved["optimiser"])
-        self.done = state["done"]
-        average, self.swa.n = state["swa"]
-        self.swa.average = [a.to(self.model.device) for a in average]
-        self.rng.bit_generator.state = state["rng"]
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-            torch.cuda.set_rng_state_all(state["cuda"])
-
 
 # ---- several processes (torchrun): each takes its share of every batch
 

@@ -18,13 +18,9 @@ import http.client
 import io
 import json
 import math
-import os
 import pathlib
 import re
 import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -39,6 +35,7 @@ import lora
 import metrics
 import swa
 from adult import InputError
+from beyond import runs
 
 HERE = pathlib.Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "adult"
@@ -815,12 +812,12 @@ def test_state_and_restore_go_on_bit_for_bit(model, data, starts):
     torch.manual_seed(0)
     game = game_of(model, people, **given)
     game.round()
-    torch.save(game.state(), file)
+    torch.save(runs.state_of(game), file)
     seen, whole = game.round(), outcome(game)
     file.seek(0)
     torch.manual_seed(99)
     game = game_of(model, people, seed=5, **given)
-    game.restore(torch.load(file, weights_only=True))
+    runs.restore(game, torch.load(file, weights_only=True))
     assert game.round() == seen and game.swa.n == 4
     assert same(outcome(game), whole)
 
@@ -1038,34 +1035,6 @@ def test_the_synthetic_twin_copies_nobody_beyond_chance(data):
     assert numpy.mean([shape in real for shape in twin]) <= chance
 
 
-# ------------------------------------------------------------------ the lessons
-
-def run_lesson(name, folder):
-    """A lesson as a reader runs it, without a cache and without a network."""
-    environment = {k: v for k, v in os.environ.items() if k.lower() not in PROXIES}
-    environment.update(HOME=str(folder), XDG_CACHE_HOME=str(folder),
-                       PYTHONIOENCODING="utf-8", https_proxy=closed_port())
-    return subprocess.run([sys.executable, str(HERE / f"{name}.py")], cwd=folder,
-                          env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def lessons(tmp_path_factory):
-    """All of them, two at a time."""
-    folder = tmp_path_factory.mktemp("home")
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(run_lesson, LESSONS, [folder] * len(LESSONS))
-        return dict(zip(LESSONS, done))
-
-
-@pytest.mark.parametrize("name", LESSONS)
-def test_a_lesson_runs_and_ends_in_an_exercise(lessons, name):
-    done = lessons[name]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "now try" in done.stdout.strip().splitlines()[-1]
-    assert "Warning" not in done.stderr, done.stderr
-
-
 # ------------------------------------------------------------------ the house
 
 def sources():
@@ -1101,7 +1070,8 @@ def test_no_circle_of_imports_and_no_lesson_needs_beyond():
     for name in LESSONS:
         assert not any(other.startswith("beyond") for other in graph[name]), name
     used = {other for other in graph["train"] if "." in other} & set(graph)
-    assert used <= {"beyond.fast", "beyond.runs", "beyond.options"}
+    tools = {"beyond.fast", "beyond.runs", "beyond.options", "beyond.report"}
+    assert used <= tools, "train.py's whole share of beyond/"
     while graph:
         free = [name for name in graph if not graph[name] & set(graph)]
         assert free, f"these import each other in a circle: {', '.join(graph)}"

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import platform
 import re
 import signal
 import sys
@@ -29,7 +28,8 @@ import warnings
 
 import adult
 from adult import InputError
-from beyond.options import COUNT, GAME, Parser, folder_name, number, setting
+from beyond import report, runs
+from beyond.options import check_shots, enough, parser
 
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
@@ -61,62 +61,6 @@ TABLES_1_2 = {
     "b = 0, counterbalanced": (81.5, .0028, .0082)}
 
 
-# ------------------------------------------------------------------ the command line
-
-def parser():
-    p = Parser(prog="train.py", allow_abbrev=False,
-               description="FairCon: a language model that stays fair under the most "
-               "unfair prompt, Eq. (3), and Tables 1 to 3 of the paper.")
-    g = p.add_argument_group("what to run")
-    g.add_argument("--table", type=int, choices=(1, 2, 3), default=3,
-                   help="the paper's table (3)")
-    g.add_argument("--prompt-only", action="store_true",
-                   help="Eq. (4): the model frozen, a fair prompt learned")
-    g.add_argument("--paper", action="store_true",
-                   help="every option as in the paper, else its released code")
-    g.add_argument("--quick", action="store_true",
-                   help="fine-tuned and FairCon alone, shorter prompts, fewer rows")
-    g.add_argument("--resume", action="store_true",
-                   help="go on with the interrupted run of this name")
-    g.add_argument("--jobs", type=COUNT,
-                   help="models trained side by side (as many as cores; 1 for a large "
-                   "model or a GPU)")
-    g = p.add_argument_group("data (section 2)")
-    g.add_argument("--data", metavar="DIR",
-                   help="folder of adult.data and adult.test (cache, UCI, else tiny/)")
-    g.add_argument("--bpc", type=number(float, -1, 1), default=.5,
-                   help="b_Pc of the training rows (0.5; paper 0.5)")
-    g.add_argument("--rows", type=number(int, 2, 10 ** 6), default=200,
-                   help="training rows, balanced in y and s (200; paper 200)")
-    g.add_argument("--test-rows", type=number(int, 4, 10 ** 6),
-                   help="balanced rows of adult.test (1000, or as many as there are)")
-    g.add_argument("--shots", type=number(int, 2, 1000), default=16,
-                   help="labelled people in a few-shot prompt (16; paper 16)")
-    g.add_argument("--seeds", type=COUNT, default=1, help="how many seeds (1)")
-    g.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
-                   help="the first seed; it governs everything (0; released 42)")
-    g = p.add_argument_group("model (section 4)")
-    g.add_argument("--model", default="tiny",
-                   help="directory or hub id of a causal language model with q_proj "
-                   "and v_proj (tiny; paper EleutherAI/gpt-neo-1.3B)")
-    g.add_argument("--rank", type=COUNT, help="r of LoRA (8; paper 32, released 4)")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the frozen weights")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    g = p.add_argument_group("the game (section 3)")
-    g.add_argument("--lam", type=GAME["lam"],
-                   help="weight of the distance in Eq. (3) (1)")
-    g.add_argument("--rounds", type=COUNT, help="passes over the rows (12; paper 10)")
-    g.add_argument("--prompt-length", type=COUNT, help="tokens of g (560; paper 10)")
-    g.add_argument("--set", type=setting, nargs="+", action="extend", default=[],
-                   metavar="FIELD=VALUE", help="any other field of faircon.Options, "
-                   "explained there; also alpha (16) of LoRA")
-    g = p.add_argument_group("output")
-    g.add_argument("--name", type=folder_name, default="default",
-                   help="results go to runs/NAME/ (default)")
-    return p
-
-
 def given_options(args):
     """What the user said of the game -> {field: value}."""
     flags = ("lam", "rounds", "prompt_length", "rank")
@@ -134,7 +78,7 @@ def models_of(args):
         del models["cda"], models["paper"]
     if args.paper:
         del models["cda"], models["faircon"]
-    if not alone():
+    if runs.under_torchrun():
         models.pop("paper", None)           # its batch of 9 has no equal shares
     if given_options(args).get("lam") == 0:
         models.pop("faircon", None)                      # it would be "fine-tuned"
@@ -174,13 +118,12 @@ def options_of(config, key):
 
 def train_model(config, key, seed, folder):
     """Train (or not) one model of Table 3 and measure it -> its row; a job of `run`."""
-    from beyond.runs import read_json, write_json
     place = pathlib.Path(folder) / f"{key}-{seed}"
     if (place / "rows.json").exists():
-        return read_json(place / "rows.json", list)
+        return runs.read_json(place / "rows.json", list)
     import torch
     import lora
-    torch.manual_seed(seed + rank_of_process())
+    torch.manual_seed(seed + runs.rank_of_process())
     model, _ = load_once(config["model"], config["dtype"], config["device"])
     data = load_data_once(config["data"])
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
@@ -202,8 +145,8 @@ def train_model(config, key, seed, folder):
             row.update(measure_all(model, people, data, config, row["g"], seed))
     if row["g"]:
         row["prompt"] = model.decode(row["g"])
-    if leader():
-        write_json(place / "rows.json", [row])
+    if runs.leads():
+        runs.write_json(place / "rows.json", [row])
         (place / "state.pt").unlink(missing_ok=True)
     return [row]
 
@@ -212,7 +155,6 @@ def play(model, people, config, key, seed, place):
     """The game of section 3 -> what to say of it; theta is SWA's average afterwards."""
     import faircon
     import lora
-    from beyond.runs import load_state, save_state, write_json
     options, rank, alpha = options_of(config, key)
     lora.inject(model.model, rank, alpha, options.dropout, seed)
     rows = people.train
@@ -220,23 +162,23 @@ def play(model, people, config, key, seed, place):
         rows = rows + [adult.flipped(p) for p in rows]
         options = dataclasses.replace(options, batch_size=2 * options.batch_size)
     game = faircon.Game(model, rows, options, seed)
-    told = load_state(place) or {"history": [], "prompts": []}
+    told = runs.load_state(place) or {"history": [], "prompts": []}
     if "game" in told:
-        game.restore(told.pop("game"))
+        runs.restore(game, told.pop("game"))
     history = told["history"]
     while game.done < options.rounds:
         history.append(game.round())
         say(f"  {key} {seed}  {line(history[-1], options.rounds)}")
         found = [a.likeliest_ids() for a in game.adversaries]
         told["prompts"] = [model.decode(g) for g in found]
-        if leader():
-            save_state(place, {"game": game.state(), **told})
+        if runs.leads():
+            runs.save_state(place, {"game": runs.state_of(game), **told})
     with lora.merged(model.model):
         raw = faircon.measure(model, people.test)
     game.swa.apply()
-    if leader():
+    if runs.leads():
         lora.save(model.model, place / "adapter", config["model"])
-        write_json(place / "prompts.json", told["prompts"])
+        runs.write_json(place / "prompts.json", told["prompts"])
     prompt = told["prompts"][0] if told["prompts"] else None
     return {"history": history, "options": dataclasses.asdict(options), "rank": rank,
             "alpha": alpha, "swa_weights": game.swa.n, "without_swa": raw,
@@ -294,6 +236,10 @@ def measure_all(model, people, data, config, g, seed):
     p = model.predict(model.questions(people.test), g)                       # (N, 2)
     row = {**metrics.evaluate(p, y, s), "intervals": metrics.bootstrap(p, y, s)}
     row["acc_bpc"] = faircon.measure(model, people.test_bpc, g)["acc"]
+    seen = {adult.text(x) for x in data.train}         # the embedded model has read it
+    new = numpy.array([adult.text(x) not in seen for x in people.test])      # (N,)
+    right = (p[numpy.arange(len(y)), s] > .5) == y                           # (N,)
+    row["acc_new"] = metrics.rate(right, new, "a question that is not in adult.data")
     if not config["prompt_only"]:
         gaps = []
         for b in (1., -1.):
@@ -320,10 +266,9 @@ def few_shot_rows(config, key, seed, folder):
     """The frozen model behind labelled people, one draw of prompts -> rows; a job."""
     import numpy
     import faircon
-    from beyond.runs import read_json, write_json
     place = pathlib.Path(folder) / f"{key}-{seed}"
     if (place / "rows.json").exists():
-        return read_json(place / "rows.json", list)
+        return runs.read_json(place / "rows.json", list)
     model, _ = load_once(config["model"], config["dtype"], config["device"])
     data = load_data_once(config["data"])
     rows = []
@@ -334,7 +279,7 @@ def few_shot_rows(config, key, seed, folder):
         row = {"key": title, "seed": seed, "trained": False, "prompt": shots}
         rows.append({**row, **faircon.measure(model, people, context=shots)})
     say(f"  draw {seed} done")
-    write_json(place / "rows.json", rows)
+    runs.write_json(place / "rows.json", rows)
     return rows
 
 
@@ -354,129 +299,16 @@ def cases(table):
     return listed
 
 
-# ------------------------------------------------------------------ the table
-
-def summary(rows):
-    """Mean and standard deviation over seeds -> {key: {metric: [mean, std]}}."""
-    import numpy
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["key"], []).append(row)
-    result = {}
-    for key, some in groups.items():
-        result[key] = {}
-        for name, value in some[0].items():
-            if isinstance(value, float):
-                values = [row[name] for row in some]
-                ddof = min(1, len(values) - 1)
-                spread = float(numpy.std(values, ddof=ddof))
-                result[key][name] = [float(numpy.mean(values)), spread]
-    return result
-
-
-def cell(value, seeds):
-    """.779±.016 over several seeds, .779 of one, - of none."""
-    if value is None:
-        return "-"
-    mean, spread = (f"{x:.3f}".replace("0.", ".", 1) for x in value)
-    return f"{mean}±{spread}" if seeds > 1 else mean
-
-
-def show(rows, args):
-    """Print the table, the paper's figures beside ours."""
-    columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
-    if args.table == 3 and not args.prompt_only:
-        columns[f"{args.shots} shots"] = "shots"
-    titles = {key: title for key, (title, _) in models_of(args).items()}
-    printed = TABLE_3 if args.table == 3 else TABLES_1_2
-    wide, narrow = (23, 10) if args.table == 3 else (27, 11)
-    say("\n" + " " * wide + "".join(f"{name:>{narrow}}" for name in columns)
-        + "   in the paper")
-    for key, values in summary(rows).items():
-        text = f"{titles.get(key, key):<{wide}}"
-        for name in columns.values():
-            text += f"{cell(values.get(name), args.seeds):>{narrow}}"
-        if key in printed and not args.prompt_only:
-            text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
-        say(text)
-
-
-LEGEND = """
-gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. M_dpd, M_deo:
-Eq. (1), (2). {shots} shots: the gap behind {shots} labelled people at b_Pc = 1 or -1,
-whichever is larger. In the paper: ACC in percent, M_dpd, M_deo."""
-
-
-def warn(rows):
-    """Say what a reader must know before believing a row."""
-    for row in rows:
-        who = f"note: {row['key']}, seed {row['seed']}:"
-        if row.get("mass", 1.) < .5:
-            say(f"{who} the two answers have only {row['mass']:.2f} of the "
-                "probability; the model does not follow the task.")
-        if row["trained"] and not .02 < row["positives"] < .98:
-            say(f"{who} collapsed, (nearly) everybody gets the same answer.")
-        if row["trained"] and row["swa_weights"] == 0:
-            say(f"{who} too few rounds for SWA: the last weights are measured.")
-
-
 # ------------------------------------------------------------------ the run
 
 def say(text):
     """Print a line, in the one process that prints."""
-    if leader():
+    if runs.leads():
         print(text, flush=True)
-
-
-def rank_of_process():
-    """Which of several processes (torchrun) this is: torch says, not the shell."""
-    faircon = sys.modules.get("faircon")                # not loaded: nothing is joined
-    if faircon and faircon.several_processes():
-        return faircon.torch.distributed.get_rank()
-    return 0
-
-
-def leader():
-    return rank_of_process() == 0
-
-
-def join_processes(args):
-    """Under torchrun, meet the other processes; each takes its share of every batch."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    import torch
-    cuda = torch.cuda.is_available()
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    size = torch.distributed.get_world_size()
-    batch = given_options(args).get("batch_size", 10)
-    if batch % size or args.rows % batch or args.paper or args.table != 3:
-        raise InputError("with several processes batch_size must be a multiple of "
-                         "their number and --rows of it, for Table 3, without --paper.")
-
-
-def enough(people, bpc, most):
-    """How many test rows, at most `most`, the data has both balanced and at b_Pc."""
-    have = {}
-    for person in people:
-        have[person.s, person.y] = have.get((person.s, person.y), 0) + 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for n in range(most, 4, -8):
-            balanced, biased = adult.cells(n, 0.), adult.cells(n, bpc)
-            needed = {cell: max(balanced[cell], biased[cell]) for cell in balanced}
-            if all(have.get(cell, 0) >= count for cell, count in needed.items()):
-                return n
-    return 4
 
 
 def prepare(args):
     """Load the data and the model, say what they are -> what the run depends on."""
-    import torch
-    import transformers
-    import lora
-    from beyond.runs import FORMAT, model_hash
     data = load_data_once(args.data)
     say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
         f"adult.data has sha256 {data.sha256['adult.data'][:16]}...")
@@ -491,44 +323,19 @@ def prepare(args):
     model, how = load_once(args.model, args.dtype, args.device)
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {how}")
-    depends_on = {
-        "format": FORMAT, "config": config, "data": data.sha256,
-        "model": {"name": args.model, "sha256": model_hash(model), "computed in": how},
-        "versions": {"torch": torch.__version__, "numpy": numpy_version(),
-                     "transformers": transformers.__version__,
-                     "python": platform.python_version()}}
     if not args.prompt_only:
         check_shots(model, data, args)
     if args.table == 3:
         check_prompts(model, data, args, config)
-        _, rank, alpha = options_of(config, list(models_of(args))[-1])
-        count = len(lora.inject(model.model, rank, alpha))
-        say(f"theta   LoRA r = {rank} on {count} projections: "
-            f"{lora.share(model.model):.3f} % of the parameters; SWA averages these")
-        lora.remove(model.model)
-    return depends_on, data, model
-
-
-def numpy_version():
-    import numpy
-    return numpy.__version__
-
-
-def check_shots(model, data, args):
-    """Refuse few-shot prompts that cannot be drawn or read, before any work."""
-    import numpy
-    if args.table == 2 and args.shots % 4 or args.shots % 2:
-        raise InputError(f"--shots {args.shots} cannot be balanced over two sexes; "
-                         "give an even number, for Table 2 a multiple of 4.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        shots = adult.few_shot(data.train, args.shots, 0., numpy.random.default_rng(0))
-    before = len(model.prefix(context=shots))
-    model.check_length(before, model.questions(data.test[:20]))
+        say_theta(model, config, list(models_of(args))[-1])
+    about = {"name": args.model, "sha256": runs.model_hash(model), "computed in": how}
+    depends_on = {"format": runs.FORMAT, "config": config, "data": data.sha256,
+                  "model": about, "versions": runs.versions()}
+    return depends_on, data
 
 
 def check_prompts(model, data, args, config):
-    """Refuse a prompt beyond the context, or none at all, before any work."""
+    """InputError for a prompt beyond the context, or none at all."""
     if args.prompt_only and options_of(config, "fair-prompt")[0].adversaries == 0:
         raise InputError("--prompt-only needs an adversary; leave out adversaries=0.")
     longest = 0
@@ -540,52 +347,73 @@ def check_prompts(model, data, args, config):
     model.check_length(before, model.questions(data.test[:20]))
 
 
+def say_theta(model, config, key):
+    import lora
+    _, rank, alpha = options_of(config, key)
+    count = len(lora.inject(model.model, rank, alpha))
+    say(f"theta   LoRA r = {rank} on {count} projections: "
+        f"{lora.share(model.model):.3f} % of the parameters; SWA averages these")
+    lora.remove(model.model)
+
+
+def check_shares(args, processes):
+    """InputError where torchrun's processes would not have equal shares of a batch."""
+    batch = given_options(args).get("batch_size", 10)
+    unequal = batch % processes or args.rows % batch
+    if processes > 1 and (unequal or args.paper or args.table != 3):
+        raise InputError("with several processes batch_size must be a multiple of "
+                         "their number and --rows of it, for Table 3, without --paper.")
+
+
 def run(args):
     """One table: every model and seed, side by side, then results.json."""
-    from beyond.runs import cores, open_run, run_jobs, write_json
-    join_processes(args)
-    depends_on, data, model = prepare(args)
-    config = depends_on["config"]
+    check_shares(args, runs.join_processes())
+    depends_on, data = prepare(args)
     keys = models_of(args) if args.table == 3 else [f"table{args.table}"]
     seeds = range(args.seed, args.seed + args.seeds)
-    work = train_model if args.table == 3 else few_shot_rows
     small = "a small model" in depends_on["model"]["computed in"]
-    workers = args.jobs or (cores() if small and alone() else 1)
+    alone = small and not runs.under_torchrun()        # a process needs one core alone
+    workers = args.jobs or (runs.cores() if alone else 1)
     workers = min(workers, len(keys) * args.seeds)
-    with open_run(args.name, depends_on, args.resume) as folder:
-        jobs = [(config, key, seed, str(folder)) for seed in seeds for key in keys]
+    with runs.open_run(args.name, depends_on, args.resume) as folder:
+        jobs = []
+        for seed in seeds:
+            jobs += [(depends_on["config"], key, seed, str(folder)) for key in keys]
         say(f"jobs    {len(jobs)}, {workers} at a time; results go to {folder}/\n")
         if args.table == 3:
             show_question(data)
-        longest_first = sorted(jobs, key=lambda job: -WORK.get(job[1], 0))
-        found = dict(zip([job[1:3] for job in longest_first],
-                         run_jobs(work, longest_first, workers)))
-        if not leader():
+        work = train_model if args.table == 3 else few_shot_rows
+        rows = rows_of(work, jobs, workers)
+        if not runs.leads():
             return
-        rows = []
-        for job in jobs:
-            rows += found[job[1:3]]
         source = {"source": data.source, "sha256": data.sha256}
-        write_json(folder / "results.json", {
-            **depends_on, "data": source, "rows": rows, "summary": summary(rows)})
-    show(rows, args)
-    if args.table == 3 and not args.prompt_only:
-        say(LEGEND.format(shots=args.shots))
-    warn(rows)
-    say(f"\nsaved in {folder}/: results.json")
-    if args.table == 3 and not args.prompt_only:
-        show_prompt(rows[-1])
-        say(f"\neach model's adapter is in {folder}/MODEL-SEED/ (PEFT's format)"
-            f"\nnext:    python -m beyond.attacks {folder}")
+        runs.write_json(folder / "results.json", {
+            **depends_on, "data": source, "rows": rows,
+            "summary": report.summary(rows)})
+    show(rows, args, folder)
 
 
 # Roughly how long each takes: the longest begin first, so that no core waits.
 WORK = {"paper": 2, "faircon": 3, "fair-prompt": 3, "cda": 1, "fine-tuned": 1}
 
 
-def alone():
-    """Not one of several processes."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ
+def rows_of(work, jobs, workers):
+    """Do every job, the longest first -> the rows of all, in the order of `jobs`."""
+    longest_first = sorted(jobs, key=lambda job: -WORK.get(job[1], 0))
+    done = runs.run_jobs(work, longest_first, workers)
+    found = dict(zip([job[1:3] for job in longest_first], done))
+    rows = []
+    for job in jobs:
+        rows += found[job[1:3]]
+    return rows
+
+
+# ------------------------------------------------------------------ what is printed
+
+LEGEND = """
+gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. M_dpd, M_deo:
+Eq. (1), (2). {shots} shots: the gap behind {shots} labelled people at b_Pc = 1 or -1,
+whichever is larger. In the paper: ACC in percent, M_dpd, M_deo."""
 
 
 def show_question(data):
@@ -594,6 +422,28 @@ def show_question(data):
     for part in text.split("\n"):
         say(textwrap.indent(textwrap.fill(part, 84), "    "))
     say("")
+
+
+def show(rows, args, folder):
+    """The table, the paper's figures beside ours; a prompt; the next command."""
+    columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
+    if args.table != 3:
+        titles = {row["key"]: row["key"] for row in rows}
+        report.show(rows, titles, columns, TABLES_1_2)
+    elif args.prompt_only:
+        titles = {key: title for key, (title, _) in EQUATION_4.items()}
+        report.show(rows, titles, columns, {})
+    else:
+        titles = {key: title for key, (title, _) in MODELS.items()}
+        columns[f"{args.shots} shots"] = "shots"
+        report.show(rows, titles, columns, TABLE_3)
+        say(LEGEND.format(shots=args.shots))
+    report.warn(rows)
+    say(f"\nsaved in {folder}/: results.json")
+    if args.table == 3 and not args.prompt_only:
+        show_prompt(rows[-1])
+        say(f"\neach model's adapter is in {folder}/MODEL-SEED/ (PEFT's format)"
+            f"\nnext:    python -m beyond.attacks {folder}")
 
 
 def show_prompt(row):

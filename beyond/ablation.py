@@ -17,7 +17,7 @@ import faircon
 import lora
 import train
 from adult import InputError
-from beyond import attacks, runs
+from beyond import attacks, report, runs
 from beyond.fast import load_model
 from beyond.options import COUNT, folder_name
 
@@ -142,7 +142,7 @@ def main():
         for some in runs.run_jobs(run_variant, jobs, min(args.jobs, len(jobs))):
             rows += some
         runs.write_json(folder / "results.json", {
-            **depends_on, "rows": rows, "summary": train.summary(rows)})
+            **depends_on, "rows": rows, "summary": report.summary(rows)})
     show(rows, args.seeds)
     print(f"\nsaved in {folder}/results.json")
 
@@ -151,11 +151,11 @@ def show(rows, seeds):
     columns = {"ACC": "acc", "gap": "gap", "16 shots": "shots", "climb": "climb",
                "tokens": "tokens"}
     print("\n" + " " * 38 + "".join(f"{name:>10}" for name in columns))
-    for key, values in train.summary(rows).items():
+    for key, values in report.summary(rows).items():
         changed = next(row["changed"] for row in rows if row["key"] == key)
         text = f"{changed or 'FairCon':<38}"
         for name in columns.values():
-            text += f"{train.cell(values.get(name), seeds):>10}"
+            text += f"{report.cell(values.get(name), seeds):>10}"
         print(text)
     print("\nThe largest gap on 200 test rows behind 16 labelled people (over b_Pc), "
           "people\nsearched one by one (both directions), other texts: "

@@ -492,7 +492,7 @@ def lines(row):
 
 def show(rows, at_once=5):
     """Attacks down, models across, at most five side by side."""
-    from train import cell, summary
+    from beyond.report import cell, summary
     columns = summary([lines(row) for row in rows])
     keys, seeds = list(columns), len({row["seed"] for row in rows})
     for i in range(0, len(keys), at_once):

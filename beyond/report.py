@@ -14,11 +14,8 @@ import argparse
 import pathlib
 import sys
 
-import train
 from adult import InputError
 from beyond import runs
-
-TITLES = {key: title for key, (title, _) in train.MODELS.items()}
 
 
 def pyplot():
@@ -40,6 +37,66 @@ def results_of(folder, name="results.json"):
 def rows_by_key(rows, keys):
     groups = {key: [row for row in rows if row["key"] == key] for key in keys}
     return {key: some for key, some in groups.items() if some}
+
+
+# ------------------------------------------------------------------ tables
+
+def summary(rows):
+    """Mean and standard deviation over seeds -> {key: {metric: [mean, std]}}."""
+    import numpy
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["key"], []).append(row)
+    result = {}
+    for key, some in groups.items():
+        result[key] = {}
+        for name, value in some[0].items():
+            if isinstance(value, float):
+                values = [row[name] for row in some]
+                ddof = min(1, len(values) - 1)
+                spread = float(numpy.std(values, ddof=ddof))
+                result[key][name] = [float(numpy.mean(values)), spread]
+    return result
+
+
+def cell(value, seeds):
+    """.779±.016 over several seeds, .779 of one, - of none."""
+    if value is None:
+        return "-"
+    mean, spread = (f"{x:.3f}".replace("0.", ".", 1) for x in value)
+    return f"{mean}±{spread}" if seeds > 1 else mean
+
+
+def show(rows, titles, columns, printed):
+    """One line a model, the paper's figures beside ours.
+
+    columns: {heading: metric}; printed: {key: (ACC in percent, M_dpd, M_deo)}
+    """
+    seeds = len({row["seed"] for row in rows})
+    wide = 2 + max(len(title) for title in titles.values())
+    narrow = 11 - (len(columns) > 4)
+    print("\n" + " " * wide + "".join(f"{name:>{narrow}}" for name in columns)
+          + "   in the paper")
+    for key, values in summary(rows).items():
+        text = f"{titles[key]:<{wide}}"
+        for name in columns.values():
+            text += f"{cell(values.get(name), seeds):>{narrow}}"
+        if key in printed:
+            text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
+        print(text)
+
+
+def warn(rows):
+    """Say what a reader must know before believing a row."""
+    for row in rows:
+        who = f"note: {row['key']}, seed {row['seed']}:"
+        if row.get("mass", 1.) < .5:
+            print(f"{who} the two answers have only {row['mass']:.2f} of the "
+                "probability; the model does not follow the task.")
+        if row["trained"] and not .02 < row["positives"] < .98:
+            print(f"{who} collapsed, (nearly) everybody gets the same answer.")
+        if row["trained"] and row["swa_weights"] == 0:
+            print(f"{who} too few rounds for SWA: the last weights are measured.")
 
 
 # ------------------------------------------------------------------ pictures
@@ -166,12 +223,13 @@ def budget(args, plt):
     """How the gap behind searched people grows with the search."""
     rows = results_of(args.run, "attacks.json")["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for colour, key in enumerate(TITLES):
-        for k, row in enumerate(rows_by_key(rows, [key]).get(key, ())):
+    keys = dict.fromkeys(row["key"] for row in rows)
+    for colour, key in enumerate(keys):
+        for k, row in enumerate(rows_by_key(rows, [key])[key]):
             worst = max(row["budget"].values(), key=lambda curve: curve[-1][2])
             axes.plot([step[0] for step in worst], [step[2] for step in worst],
                       color=f"C{colour}", marker="o", ms=3, alpha=.7,
-                      label=TITLES[key] if k == 0 else None)
+                      label=key if k == 0 else None)
     axes.set(xlabel="prompts tried", xscale="log", ylim=(0, None),
              ylabel="gap on test rows, worse direction")
     axes.legend(fontsize=8)
@@ -190,7 +248,7 @@ def table(args, plt=None):
     for name in names:
         text = f"{name:<16}"
         for key in keys:
-            text += f"{train.cell(results['summary'][key].get(name), seeds):>14}"
+            text += f"{cell(results['summary'][key].get(name), seeds):>14}"
         print(text)
     print("\neach seed's gap; 95 % interval over its test rows")
     for row in results["rows"]:

@@ -83,6 +83,17 @@ def model_hash(model):
     return digest.hexdigest()
 
 
+def versions():
+    """What computes: another version may give other last digits."""
+    import platform
+    import numpy
+    import torch
+    import transformers
+    return {"torch": torch.__version__, "numpy": numpy.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version()}
+
+
 # ------------------------------------------------------------------ a run's folder
 
 @contextmanager
@@ -125,18 +136,6 @@ def open_run(name, depends_on, resume):
 def cannot_write(folder, error):
     return InputError(f"{folder} cannot be written ({error.strerror}); free it, or "
                       "change --name or the current folder.")
-
-
-def joined():
-    """Is this one of several processes (torchrun)?"""
-    torch = sys.modules.get("torch")                 # not loaded: nothing is joined
-    return bool(torch and torch.distributed.is_available()
-                and torch.distributed.is_initialized())
-
-
-def leads():
-    """Not one of torchrun's other processes, which write nothing."""
-    return not joined() or sys.modules["torch"].distributed.get_rank() == 0
 
 
 def locked(file):
@@ -194,6 +193,44 @@ def flatten(value, prefix=""):
     for name, inner in value.items():
         flat.update(flatten(inner, f"{prefix} {name}"))
     return flat
+
+
+def state_of(game):
+    """What a resumed game needs to go on bit for bit: tensors, numbers, strings.
+
+    Live ones: save them before the game goes on.
+    """
+    import torch
+    adversaries = []
+    if game.options.starts == "noise":                 # else they begin anew each round
+        for adversary in game.adversaries:
+            adversaries.append({"phi": adversary.phi.detach(),
+                                "optimiser": adversary.optimiser.state_dict()})
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"done": game.done, "theta": [p.detach() for p in game.theta],
+            "optimiser": game.optimiser.state_dict(), "adversaries": adversaries,
+            "swa": (game.swa.average, game.swa.n),
+            "rng": game.rng.bit_generator.state, "cuda": cuda,
+            "generator": game.generator.get_state(), "torch": torch.get_rng_state()}
+
+
+def restore(game, state):
+    """Let a fresh game go on where `state` was taken."""
+    import torch
+    for p, saved in zip(game.theta, state["theta"]):
+        p.data.copy_(saved)
+    game.optimiser.load_state_dict(state["optimiser"])
+    for adversary, saved in zip(game.adversaries, state["adversaries"]):
+        adversary.start(saved["phi"])
+        adversary.optimiser.load_state_dict(saved["optimiser"])
+    game.done = state["done"]
+    average, game.swa.n = state["swa"]
+    game.swa.average = [a.to(game.model.device) for a in average]
+    game.rng.bit_generator.state = state["rng"]
+    game.generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def save_state(folder, state):
@@ -282,6 +319,39 @@ def cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# ---- torchrun: several processes for one large model
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def join_processes():
+    """Meet torchrun's other processes -> how many there are; 1 without torchrun."""
+    if not under_torchrun():
+        return 1
+    import torch
+    cuda = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.distributed.get_world_size()
+
+
+def joined():
+    torch = sys.modules.get("torch")                 # not loaded: nothing is joined
+    return bool(torch and torch.distributed.is_available()
+                and torch.distributed.is_initialized())
+
+
+def rank_of_process():
+    """Which of them this is: torch says, not the shell. 0 is the one that writes."""
+    return sys.modules["torch"].distributed.get_rank() if joined() else 0
+
+
+def leads():
+    return rank_of_process() == 0
 
 
 # ------------------------------------------------------------------ a finished run

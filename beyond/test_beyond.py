@@ -27,12 +27,10 @@ import faircon
 import lora
 import train
 from adult import InputError
-from beyond import ablation, attacks, cost, fast, report, runs
+from beyond import ablation, attacks, cost, fast, options, report, runs
+from beyond.conftest import LESSONS, SMALL
 
 HERE = adult.TINY.parent
-# 24 rows and 4 shots: their b_Pc is exact. 3 rounds: SWA averages the last.
-SMALL = ["--data", "data", "--rows", "24", "--test-rows", "24", "--shots", "4",
-         "--rounds", "3", "--prompt-length", "12", "--set", "phi_steps=2"]
 QUICK = [*SMALL, "--quick", "--model", "model", "--jobs", "1"]
 ALL = ["always-0", "not-trained", "fine-tuned", "cda", "paper", "faircon"]
 TRAINED = ALL[2:]
@@ -47,21 +45,6 @@ def as_before(monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """data/, the first rows of both files, and model/, the embedded model."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "data").mkdir()
-    for name in adult.SHA256:
-        rows = (adult.TINY / name).read_text().splitlines()[:2000]
-        (home / "data" / name).write_text("\n".join(rows) + "\n")
-    (home / "model").mkdir()
-    for path in adult.TINY.iterdir():
-        if path.suffix in (".json", ".safetensors"):
-            shutil.copy(path, home / "model")
-    return home
 
 
 @pytest.fixture()
@@ -101,17 +84,6 @@ def in_folder(folder, work):
 
 def results_of(folder):
     return json.loads((pathlib.Path(folder) / "results.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def full(home):
-    """Table 3 by the real command, two jobs, in an unfriendly environment."""
-    odd = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, HERE / "train.py", *SMALL, "--jobs", "2"], cwd=home, env=odd,
-        capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home / "runs/default", done.stdout, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -265,6 +237,18 @@ def test_table_3_holds_every_model_and_its_numbers(full):
         assert results["summary"][row["key"]]["gap"] == [row["gap"], 0.]
     assert results["rows"][0]["acc"] == .5 and results["rows"][0]["gap"] == 0
     assert err == "", "no warning, no note"
+
+
+def test_acc_new_leaves_out_what_stands_in_adult_data(full, home, monkeypatch):
+    monkeypatch.chdir(home)
+    model, row, results = runs.load_run("runs/default")
+    data = runs.load_data(results)
+    config = results["config"]
+    people = adult.split(data, 24, .5, config["test_rows"], 0)
+    seen = {adult.text(p) for p in data.train}
+    new = [p for p in people.test if adult.text(p) not in seen]
+    assert 0 < len(new), "the synthetic twin has questions of its own"
+    assert row["acc_new"] == faircon.measure(model, new)["acc"]
 
 
 def test_table_3_is_printed_with_the_papers_figures_in_their_rows(full):
@@ -514,7 +498,7 @@ def test_resume_after_a_change_is_refused_by_name(what, words, interrupted, here
         tensors[first].view(-1)[0] += 1e-3
         save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
     elif what == "versions numpy":
-        monkeypatch.setattr(train, "numpy_version", lambda: "1.0")
+        monkeypatch.setattr(numpy, "__version__", "1.0")
     refused([*QUICK, "--name", "cut", "--resume", *words], f"another {what} ")
     assert state.read_bytes() == before, "the state is left alone"
     assert not pathlib.Path("runs/cut/results.json").exists()
@@ -977,7 +961,8 @@ def test_help_is_fast_and_explains_every_flag():
     assert time.time() - began < 1.5 or os.getloadavg()[0] > os.cpu_count()
     assert "b_Pc" in done.stdout and "paper" in done.stdout
     heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
-    code = f"import sys, train; train.parser(); assert not {heavy} & set(sys.modules)"
+    code = ("import sys, train; train.parser(); "
+            f"assert not {heavy} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     for action in train.parser()._actions:
         assert action.help, f"{action.option_strings} is not explained"
@@ -986,7 +971,7 @@ def test_help_is_fast_and_explains_every_flag():
 def test_what_is_set_by_a_user_exists():
     """--set and the flags name fields of faircon.Options, and all of them."""
     fields = set(faircon.Options.__dataclass_fields__) | {"rank", "alpha"}
-    assert set(train.GAME) == fields
+    assert set(options.GAME) == fields
     assert set(train.PAPER) <= fields
 
 
@@ -1054,5 +1039,15 @@ def test_ablation_trains_the_game_that_a_variant_names(here, monkeypatch):
     assert rows[0]["gap"] > 0 and rows[0]["climb"] == 0.
     assert ablation.run_variant(config, "no-sex", 0, "runs/ablation") == rows[1:], \
         "what is done is not done again"
-    for _, game, options in ablation.VARIANTS.values():
-        assert set(options) <= set(faircon.Options.__dataclass_fields__)
+    for _, game, changed in ablation.VARIANTS.values():
+        assert set(changed) <= set(faircon.Options.__dataclass_fields__)
+
+
+# ------------------------------------------------------------------ the lessons
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_runs_and_ends_in_an_exercise(lessons, name):
+    done = lessons[name]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "now try" in done.stdout.strip().splitlines()[-1]
+    assert "Warning" not in done.stderr, done.stderr

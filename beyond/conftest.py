@@ -1,0 +1,89 @@
+"""Long commands run beside the tests: pytest takes one core, they take the other."""
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import adult
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics", "beyond.fast")
+# 24 rows and 4 shots: their b_Pc is exact. 3 rounds: SWA averages the last.
+SMALL = ("--data", "data", "--rows", "24", "--test-rows", "24", "--shots", "4",
+         "--rounds", "3", "--prompt-length", "12", "--set", "phi_steps=2")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """data/, the first rows of both files, and model/, the embedded model."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "data").mkdir()
+    for name in adult.SHA256:
+        rows = (adult.TINY / name).read_text().splitlines()[:2000]
+        (home / "data" / name).write_text("\n".join(rows) + "\n")
+    (home / "model").mkdir()
+    for path in adult.TINY.iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            shutil.copy(path, home / "model")
+    return home
+
+
+def run_table_3(home):
+    """Table 3 by the real command, two jobs, in an unfriendly environment."""
+    odd = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run([sys.executable, HERE / "train.py", *SMALL, "--jobs", "2"],
+                          cwd=home, env=odd, capture_output=True, text=True)
+
+
+def run_lessons(home):
+    """Each as a reader runs it, without a cache and without a network."""
+    environment = {}
+    for name, value in os.environ.items():
+        if not name.lower().endswith("_proxy"):
+            environment[name] = value
+    environment.update(HOME=str(home), XDG_CACHE_HOME=str(home), PYTHONPATH=str(HERE),
+                       PYTHONIOENCODING="utf-8", https_proxy=closed_port())
+    done = {}
+    for name in LESSONS:
+        done[name] = subprocess.run([sys.executable, "-m", name], cwd=home,
+                                    env=environment, capture_output=True, text=True)
+    return done
+
+
+def closed_port():
+    """An address on this machine where nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, home):
+    """Begin what some test of this session will ask for -> {fixture: its future}."""
+    wanted = set()
+    for item in request.session.items:
+        wanted.update(item.fixturenames)
+    with ThreadPoolExecutor(1) as pool:
+        begun = {}
+        for name, work in {"full": run_table_3, "lessons": run_lessons}.items():
+            if name in wanted:
+                begun[name] = pool.submit(work, home)
+        yield begun
+
+
+@pytest.fixture(scope="session")
+def full(beside, home):
+    """-> the folder of Table 3's run, what it printed, what it complained of."""
+    done = beside["full"].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home / "runs/default", done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def lessons(beside):
+    return beside["lessons"].result()
