@@ -6,7 +6,7 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    next-token distribution at the answer               LanguageModel
+    f_theta    next-token distribution at the answer (its logits)  LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -55,7 +55,7 @@ class LanguageModel:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.embed = model.get_input_embeddings().weight                     # (V, D)
-        self.context = getattr(model.config, "max_position_embeddings", math.inf)
+        self.window = getattr(model.config, "max_position_embeddings", math.inf)
         self.bos = self.beginning()
         self.answers = torch.tensor(self.answer_tokens(), device=self.device)
         self.usable = self.usable_tokens()
@@ -125,11 +125,14 @@ class LanguageModel:
 
     # ---- the forward pass
 
-    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, behind=0.):
-        """Embeddings (P, D) of what stands before the question: g, then the context.
+    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, after=0.):
+        """Embeddings (P, D) of what stands before the question:
+
+            BOS   front of g   newline   context   end of g   newline
 
         g: CLEAN, token ids, or one-hot rows (L, V) that carry a gradient.
-        behind: the share of g, its end, that stands behind the context instead.
+        context: the instruction, or a few-shot prompt, which begins with it.
+        after: the share of g that stands after the context.
         """
         context = self.embed[self.ids(context)]
         bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
@@ -137,7 +140,7 @@ class LanguageModel:
             return torch.cat([bos, context])
         g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[g]
         newline = self.embed[self.ids("\n")]
-        front = len(g) - round(behind * len(g))
+        front = len(g) - round(after * len(g))
         parts = [bos]
         if front > 0:
             parts += [g[:front], newline]
@@ -164,9 +167,9 @@ class LanguageModel:
         longest = before
         for twins in questions:
             longest = max(longest, before + max(map(len, twins)))
-        if longest > self.context:
+        if longest > self.window:
             raise InputError(f"prompt and question are {longest} tokens and the "
-                             f"model's context is {self.context}; use a shorter prompt "
+                             f"model's context is {self.window}; use a shorter prompt "
                              "(--prompt-length) or fewer shots (--shots).")
 
     @torch.no_grad()
@@ -243,17 +246,18 @@ class Options:
     rounds: int = 12               # rounds of the game, each a pass over the rows  [10]
     batch_size: int = 10           # people in a step of theta and of phi            [9]
     lr: float = 1e-3               # AdamW's, for theta                           [5e-4]
-    prompt_length: int = 560       # tokens of g                                    [10]
-    adversaries: int = 6           # distributions g_phi side by side                [1]
-    phi_steps: int = 2             # steps of each adversary in a round             [23]
-    phi_lr: float = .3             # Adam's, for phi                               [0.1]
+    prompt_length: int = 560       # tokens of g; at most so many if `renew`        [10]
+    adversaries: int = 4           # distributions g_phi side by side                [1]
+    phi_steps: int = 4             # steps of each adversary in a round             [23]
+    phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     phi_eps: float = 1e-16         # Adam's, for phi                              [1e-8]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
-    starts: str = "texts"          # where phi begins, see Game.start_phi      ["noise"]
+    renew: bool = True             # phi begins anew in each round              [False]
     two_sided: bool = True         # see Adversary.unfairness                   [False]
-    behind: bool = True            # g stands around the instruction            [False]
-    cut: bool = True               # theta meets prompts cut to random lengths   [False]
+    samples: int = 2               # of the adversaries, in a step of theta          [1]
+    rows: bool = True              # theta also meets unfair labelled rows       [False]
     clean: bool = True             # theta also answers without any prompt       [False]
+    around: bool = True            # g stands around the instruction            [False]
     swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
     dropout: float = 0.            # on LoRA's input; twins get two masks         [0.01]
 
@@ -271,7 +275,7 @@ class Adversary:
         self.start(self.noise(options.prompt_length))
 
     def noise(self, length):
-        """phi that prefers no token: standard normal, as in the released code."""
+        """phi that prefers no token on purpose: standard normal, as released."""
         return torch.randn(length, len(self.model.embed), generator=self.generator)
 
     def start(self, phi):
@@ -283,13 +287,6 @@ class Adversary:
         self.phi = phi.to(self.model.device).requires_grad_()
         self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr,
                                           eps=self.options.phi_eps)
-
-    def start_around(self, text, kept=.93):
-        """Begin at phi whose samples keep each token of a text with probability .93."""
-        V = len(self.model.usable)
-        own = F.one_hot(torch.tensor(text), len(self.model.embed))           # (L, V)
-        odds = kept / (1 - kept)
-        self.start(.2 * self.noise(len(text)) + math.log(odds * V) * own)
 
     def sample(self):
         """A prompt, one-hot (L, V), differentiable in phi; both twins get the SAME."""
@@ -316,9 +313,12 @@ class Adversary:
         p = self.model.p_yes(logits)                                         # (2, B)
         return self.side * (p[0] - p[1]).mean()
 
-    def step(self, questions, behind=0.):
-        """phi's step, theta frozen: more unfair -> the distance before it."""
-        prefix = self.model.prefix(self.sample(), behind=behind)
+    def step(self, questions, after=0.):
+        """One step of phi up (sign +1) or down (-1) the unfairness, theta frozen.
+
+        -> the distance before it
+        """
+        prefix = self.model.prefix(self.sample(), after=after)
         logits = self.model(prefix, questions)
         loss = -self.sign * self.unfairness(logits)
         gradient, = torch.autograd.grad(loss, self.phi)
@@ -333,9 +333,9 @@ class Game:
     """The alternating loop of section 3.1 (Figure 2)."""
 
     def __init__(self, model, people, options, seed, sign=1):
-        if not options.clean and options.adversaries == 0:
-            raise InputError("theta would meet no prompt at all; set clean=true, or at "
-                             "least one adversary.")
+        if not (options.clean or options.rows or options.adversaries):
+            raise InputError("theta would meet no prompt at all; set clean=true, "
+                             "rows=true, or at least one adversary.")
         self.model, self.people, self.options = model, people, options
         self.questions = model.questions(people)
         self.done = 0                                                 # rounds played
@@ -354,112 +354,115 @@ class Game:
         """phi's half, then theta's: one pass over the people -> what happened."""
         with lora.merged(self.model.model):              # theta is not trained here
             found = self.phi_half()
-        seen = [self.theta_step(batch) for batch in self.batches()]
+        terms = [self.theta_step(batch) for batch in self.batches()]
         self.done += 1
-        t, d = numpy.mean(seen, 0).tolist()
+        t, d = numpy.mean(terms, 0).tolist()
         return {"round": self.done, "phi": found, "task": t, "distance": d}
 
     def phi_half(self):
-        """phi's turn, a few steps towards the argmax of Eq. (3).
+        """phi's turn, a few steps towards the argmax of Eq. (3), or the min of Eq. (4).
 
-        -> [mean distance at the adversaries' first step, at their last]
+        -> [mean distance at the adversaries' first step, at their last], each step with
+        other people
         """
         self.start_phi()
         first, last = [], []
         for adversary in self.adversaries:
-            seen = []
+            distances = []
             for batch in self.batches(self.options.phi_steps):
                 questions = [self.questions[i] for i in batch]
-                seen.append(adversary.step(questions, self.share_behind()))
-            first += seen[:1]
-            last += seen[-1:]
+                distances.append(adversary.step(questions, self.share_after()))
+            first += distances[:1]
+            last += distances[-1:]
         return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
 
     def start_phi(self):
-        """Where phi begins in this round.
+        """Where phi begins in this round: at noise, in the paper once and for all.
 
-        "noise": at random in the first round, then it goes on where it was, as in the
-        paper. "texts": anew in every round, since a distribution that has settled
-        cannot follow a moving model; a third of the adversaries each
-        * around labelled training rows, section 2's unfair few-shot prompts,
-        * around texts that the model itself writes, in the spirit of section 4 ("we can
-          however replace the categorical distribution to another LLM"),
-        * at random tokens.
+        NOT IN THE PAPER: anew in every round, since a distribution that has settled
+        cannot follow a moving model, and at a length of its own.
         """
-        length, third = self.options.prompt_length, len(self.adversaries) // 3
-        if self.options.starts == "noise" or not self.adversaries:
-            return
-        for adversary in self.adversaries[:third]:
-            adversary.start_around(self.unfair_rows(adversary.side, length))
-        texts = self.model.write(max(1, third), length, self.generator)
-        for adversary, text in zip(self.adversaries[third:], texts):
-            adversary.start_around(text)
-        for adversary in self.adversaries[third + len(texts):]:
-            adversary.start(.2 * adversary.noise(length))
+        if self.options.renew:
+            for adversary in self.adversaries:
+                adversary.start(adversary.noise(self.some_length()))
 
-    def unfair_rows(self, side, length):
-        """`length` tokens of labelled training rows at b_Pc = side, +1 or -1.
+    def some_length(self):
+        """1 to `prompt_length`: any number of tokens, or any order of magnitude."""
+        most = self.options.prompt_length
+        if self.rng.random() < .5:
+            return int(self.rng.integers(1, most + 1))
+        return max(1, round(most ** self.rng.random()))
 
-        Each row stands there as the sex that makes its label unfair.
+    def unfair_rows(self):
+        """A prompt of labelled training rows at b_Pc = 1 or -1, as token ids.
+
+        Each row stands there as the sex that makes its label unfair: flipped, if need
+        be. The first one may be cut.
         """
-        ids = []
+        length, ids = self.some_length(), []
+        favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men
         while len(ids) < length:
             person = self.people[self.rng.integers(len(self.people))]
-            sex = 1 - person.y if side == 1 else person.y
+            sex = favoured if person.y == 1 else 1 - favoured
             if person.s != sex:
                 person = adult.flipped(person)
             ids += self.model.ids(adult.shot(person))
-        return ids[:length]
+        return ids[-length:]
 
-    def share_behind(self):
-        """How much of a prompt stands behind the instruction: none, all, or a part."""
+    def share_after(self):
+        """How much of a prompt stands after the instruction: none, all, or a part."""
+        if not self.options.around:
+            return 0.
         part = self.rng.random()
-        return [0., 1., part][self.rng.integers(3)] if self.options.behind else 0.
+        return [0., 1., part][self.rng.integers(3)]
 
     def prompts(self):
-        """What stands in front in one step of theta.
+        """What stands in front in one step of theta: samples of the adversaries.
 
-        A sample of an adversary and, NOT IN THE PAPER, nothing: the prompt most used
-        when the model is, and one that g_phi might draw too.
+        NOT IN THE PAPER: and nothing, the prompt most used when the model is; and
+        labelled rows, section 2's unfair few-shot prompts, which g_phi cannot write.
         """
         prompts = [CLEAN] if self.options.clean else []
-        if self.adversaries:
+        for _ in range(self.options.samples if self.adversaries else 0):
             chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
-            g = chosen.sample_ids()
-            if self.options.cut:                     # fair behind any length, not one
-                g = g[-self.rng.integers(1, len(g) + 1):]
-            prompts.append(g)
+            prompts.append(chosen.sample_ids())
+        if self.options.rows:
+            prompts.append(self.unfair_rows())
         return prompts
 
     def theta_step(self, batch):
-        """theta's step down Eq. (3), phi frozen -> task and distance before it."""
+        """One step of theta down Eq. (3), phi frozen -> task and distance before it.
+
+        The loss is the mean over the prompts; a backward pass for each keeps one graph
+        in memory. Gradients are clipped to norm 1 (neither paper nor released code).
+        """
         people = [self.people[i] for i in batch]
         questions = [self.questions[i] for i in batch]
         prompts = self.prompts()
-        seen = torch.zeros(2)
+        terms = torch.zeros(2)
         lora.train(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            prefix = self.model.prefix(g, behind=self.share_behind())
+            prefix = self.model.prefix(g, after=self.share_after())
             logits = self.model(prefix, questions)                           # (2, B, V)
             t = task(logits, people, self.model.answers)
             d = distance(logits)
             loss = t + self.options.lam * d                                  # Eq. (3)
-            (loss / len(prompts)).backward()                 # one graph at a time
-            seen += torch.stack([t, d]).detach().cpu() / len(prompts)
+            (loss / len(prompts)).backward()
+            terms += torch.stack([t, d]).detach().cpu() / len(prompts)
         lora.train(self.model.model, False)
-        seen = average_over_processes(seen)
-        if not seen.isfinite().all():
+        terms = average_over_processes(terms)
+        if not terms.isfinite().all():
             raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
                              f"lr ({self.options.lr}) or lam ({self.options.lam}).")
         for p in self.theta:
             p.grad = average_over_processes(p.grad)
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
-        before = round((1 - self.options.swa) * self.options.rounds, 6)
-        if self.done >= before:
-            self.swa.update()                                # section 4.2
-        return seen.tolist()
+        left = self.options.rounds - self.done             # this round is one of them
+        if left <= self.options.swa * self.options.rounds:
+            self.swa.update()               # section 4.2, at every step of these rounds
+        return terms.tolist()
 
     def batches(self, n=None):
         """One pass over the people in random order, or n batches, pass after pass."""
@@ -509,7 +512,8 @@ def show_people(model, people):
 
 
 def lesson():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LanguageModel(AutoModelForCausalLM.from_pretrained(adult.TINY).eval(),
@@ -520,7 +524,7 @@ def lesson():
     test = adult.sample(data.test, 40, 0., rng)
     show_people(model, people)
 
-    options = Options(rounds=4, prompt_length=30, adversaries=3, lr=3e-3)
+    options = Options(rounds=4, prompt_length=30, adversaries=2, lr=3e-3)
     climb_once(model, people, options)
     gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
@@ -528,14 +532,13 @@ def lesson():
 
 
 def climb_once(model, people, options):
-    """One adversary at random tokens, 24 steps up; then theta's steps behind it."""
+    """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, starts="noise", two_sided=False, prompt_length=20,
-                      phi_lr=2.)
+    options = replace(options, adversaries=1, two_sided=False, prompt_length=20,
+                      phi_lr=2., rows=False, clean=False)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
     adversary, questions, means = game.adversaries[0], game.questions[:20], []
-    adversary.start(.2 * adversary.noise(20))
     for steps in (0, 8, 16):
         for _ in range(steps):
             adversary.step(questions)
@@ -543,9 +546,9 @@ def climb_once(model, people, options):
         text = model.decode(adversary.sample_ids())
         print(f"    {steps:>2} more steps: distance {means[-1]:.3f}  g = {text[:40]!r}")
     assert means[-1] > 1.3 * means[0], "phi maximises"
-    seen = [game.theta_step(range(20)) for _ in range(3)]
+    terms = [game.theta_step(range(20)) for _ in range(3)]
     print("theta descends: phi is frozen, three steps down task + lam * distance")
-    for step, (t, d) in enumerate(seen):
+    for step, (t, d) in enumerate(terms):
         print(f"    step {step:<3} task {t:.3f}   distance {d:.3f}")
 
 

@@ -44,8 +44,8 @@ LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics")      # slowes
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 USUAL = dataclasses.asdict(faircon.Options())
 SMALL = {**USUAL, "rounds": 2, "batch_size": 4, "prompt_length": 6, "adversaries": 2,
-         "phi_steps": 2, "behind": False, "cut": False}
-SMALL = {name: value for name, value in SMALL.items() if name in USUAL}
+         "phi_steps": 2, "phi_lr": .3, "around": False, "rows": False, "renew": False,
+         "samples": 1}
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
                                 reason="the published Adult files are not there")
 needs_gpt2 = pytest.mark.skipif(not (GPT2 / "vocab.json").exists(),
@@ -380,8 +380,8 @@ def test_f_theta_is_the_models_answer_to_the_whole_text(model, data):
     newline = encode(model, "\n")
     line, around = g + newline, g[:3] + newline + instruction + g[3:] + newline
     cases = [(model.prefix(), instruction), (model.prefix(g), line + instruction),
-             (model.prefix(g, behind=1.), instruction + line),
-             (model.prefix(g, behind=.5), around),
+             (model.prefix(g, after=1.), instruction + line),
+             (model.prefix(g, after=.5), around),
              (model.prefix(context=shots), encode(model, shots))]
     for prefix, before in cases:
         logits = model(prefix, questions)
@@ -625,17 +625,6 @@ def test_both_twins_see_the_same_sample(model, data):
     assert game.theta_step(range(4))[1] < 2e-4
 
 
-def test_start_around_keeps_a_token_with_probability_93_percent(model, data):
-    """280 positions, each .93 give or take .013: their mean, .93 give or take .001."""
-    game, text = game_of(model, people_of(data, 4)), model.usable[:280]
-    adversary = game.adversaries[0]
-    adversary.step(game.questions)
-    adversary.start_around(text)
-    p = (adversary.phi + model.mask).softmax(-1)[range(280), text]
-    assert p.mean().item() == pytest.approx(.93, abs=.006) and p.min() > .8
-    assert not adversary.optimiser.state_dict()["state"], "Adam must begin anew"
-
-
 def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
     game, seen = game_of(model, people_of(data, 8), dropout=.5), []
     shake(game.theta)
@@ -653,44 +642,59 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
     assert same([layer.base.weight for layer in layers], base)
 
 
-@pytest.mark.parametrize("starts", ["noise", USUAL["starts"]])
-def test_noise_goes_on_and_texts_begin_anew(model, data, monkeypatch, starts):
-    game, seen, written = game_of(model, people_of(data, 8), starts=starts), [], []
-    adversary = game.adversaries[0]         # of two, the first begins at a written text
-
-    def see(*_):
-        state = adversary.optimiser.state_dict()["state"]
-        seen.append((adversary.phi.detach().clone(), state[0]["step"].item()))
-    spy(monkeypatch, adversary, "step", see)
-    spy(monkeypatch, model, "write", lambda *given: written.append(given[-1][-1]))
-    game.round()
-    game.round()
-    steps, moved = [n for _, n in seen], (seen[2][0] - seen[1][0]).abs().max()
-    around = [seen[i][0].argmax(-1).tolist() for i in (0, 2)]
-    if starts == "noise":
-        assert steps == [1, 2, 3, 4] and moved < 3 * game.options.phi_lr, "forgotten"
-        assert not written
+@pytest.mark.parametrize("renew", [False, True])
+def test_phi_goes_on_or_begins_anew_at_a_length_of_its_own(model, data, renew):
+    game = game_of(model, people_of(data, 8), renew=renew, prompt_length=200)
+    sizes, steps, moved = set(), [], []
+    for _ in range(6):
+        before = game.adversaries[0].phi.detach().clone()
+        game.phi_half()
+        adversary = game.adversaries[0]
+        steps.append(adversary.optimiser.state_dict()["state"][0]["step"].item())
+        sizes.add(len(adversary.phi))
+        if len(before) == len(adversary.phi):
+            moved.append((adversary.phi - before).abs().max().item())
+    if renew:
+        assert steps == [2] * 6, "Adam must begin anew"
+        assert len(sizes) > 3 and max(sizes) <= 200
     else:
-        assert steps == [1, 2, 1, 2] and moved > 3 * game.options.phi_lr, "not anew"
-        assert around == written and written[0] != written[1]
+        assert steps == [2, 4, 6, 8, 10, 12] and sizes == {200}, "forgotten"
+        assert max(moved) < 3 * game.options.phi_lr, "phi goes on where it was"
 
 
-def test_adversaries_take_turns_at_the_sides_and_rows_are_unfair(model, data,
-                                                                 monkeypatch):
-    """Rows of b_Pc = 1 for the side that favours men, -1 for the one for women."""
-    monkeypatch.setattr(model, "write", lambda n, *_: [model.usable[:300]] * n)
-    game = game_of(model, people_of(data, 8), starts=USUAL["starts"], adversaries=6,
-                   prompt_length=300)
-    game.start_phi()
-    assert [adversary.side for adversary in game.adversaries] == [1, -1] * 3
-    for adversary in game.adversaries[2:4]:
-        assert adversary.phi.argmax(-1).tolist() == model.usable[:300]
-    for adversary in game.adversaries[4:]:
-        assert adversary.phi.abs().max() < 2, "these begin at random tokens"
-    for adversary, unfair in zip(game.adversaries, ("Male1 Female0", "Male0 Female1")):
-        text = model.decode(adversary.phi.argmax(-1).tolist())
-        shots = re.findall(r"sex (\w+),[^\n]*\nlabel: ([01])\n", text)
-        assert {sex + y for sex, y in shots} == set(unfair.split())
+def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
+    """400 draws: 50 % above 280, less 4.5 % that the other half has; 5 % is 4 sigma."""
+    game = game_of(model, people_of(data, 4), prompt_length=560)
+    lengths = numpy.array([game.some_length() for _ in range(400)])
+    assert lengths.min() >= 1 and lengths.max() <= 560
+    assert abs((lengths > 280).mean() - .305) < .1 and (lengths < 24).mean() > .15
+
+
+def test_adversaries_take_turns_at_the_sides(model, data):
+    game = game_of(model, people_of(data, 4), adversaries=4)
+    assert [adversary.side for adversary in game.adversaries] == [1, -1, 1, -1]
+
+
+def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
+    """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
+    people = people_of(data, 8)
+    game, seen = game_of(model, people, rows=True, prompt_length=300), set()
+    known = {adult.text(person, "Male") for person in people}
+    for _ in range(30):
+        g = game.unfair_rows()
+        assert len(g) <= 300
+        text = model.decode(g)
+        assert text.endswith("\n"), "a whole row stands before the question"
+        whole = re.findall(adult.OPENING + r"[^\n]*\nlabel: [01]\n", text)
+        favoured = set()
+        for shot in whole:
+            sex, y = re.search(r"sex (\w+),.*\nlabel: ([01])", shot).groups()
+            favoured.add(sex if y == "1" else {"Male": "Female"}.get(sex, "Male"))
+            as_man = shot[:-3].replace("sex Female", "sex Male")
+            assert as_man in known, "rows of others"
+        assert len(favoured) < 2, "labels contradict each other"
+        seen |= favoured
+    assert seen == {"Male", "Female"}
 
 
 # ------------------------------------------------------------------ theta, Eq. (3)
@@ -705,19 +709,23 @@ def test_batches_are_passes_over_everybody(model, data):
     assert len(set(map(tuple, orders))) == 3, "every pass has its own order"
 
 
-@pytest.mark.parametrize("clean, cut", [(True, False), (False, True)])
-def test_theta_meets_fresh_samples_and_the_clean_prompt(model, data, clean, cut):
-    game, seen = game_of(model, people_of(data, 4), clean=clean, cut=cut), []
+@pytest.mark.parametrize("clean, rows", [(True, False), (False, True), (True, True)])
+def test_theta_meets_fresh_samples_rows_and_nothing(model, data, clean, rows):
+    game, seen = game_of(model, people_of(data, 4), clean=clean, rows=rows), []
     for _ in range(20):
         drawn = [next_scores(a).argmax(-1).tolist() for a in game.adversaries]
-        *before, g = game.prompts()
-        assert before == ([faircon.CLEAN] if clean else [])
-        ends = [text[-len(g):] for text in drawn]
-        assert g in ends, "not the adversary's own draw"
-        seen.append((ends.index(g), *g))
+        prompts = game.prompts()
+        if clean:
+            assert prompts.pop(0) == faircon.CLEAN
+        g = prompts.pop(0)
+        assert g in drawn, "not the adversary's own draw"
+        seen.append((drawn.index(g), *g))
+        assert len(prompts) == rows
+        game.options.samples = 3
+        assert len(game.prompts()) == 3 + clean + rows
+        game.options.samples = 1
     assert len(set(seen)) == 20, "a prompt must be fresh"
     assert {which for which, *_ in seen} == {0, 1}, "theta must meet every adversary"
-    assert (len(set(map(len, seen))) > 1) == cut
 
 
 def equation_3(model, people, prompts, lam):
@@ -803,12 +811,12 @@ def outcome(game):
     return [*copies(game.theta), *copies(game.swa.average), *phi, counts]
 
 
-@pytest.mark.parametrize("starts", ["noise", USUAL["starts"]])
-def test_state_and_restore_go_on_bit_for_bit(model, data, starts):
+@pytest.mark.parametrize("renew", [False, True])
+def test_state_and_restore_go_on_bit_for_bit(model, data, renew):
     """The state passes through a file that may hold no code."""
     people, file = people_of(data, 8), io.BytesIO()
-    given = {**SMALL, "swa": 1., "starts": starts, "dropout": .3}
-    given.update(behind=True, cut=True)
+    given = {**SMALL, "swa": 1., "renew": renew, "dropout": .3}
+    given.update(around=True, rows=True)
     torch.manual_seed(0)
     game = game_of(model, people, **given)
     game.round()

@@ -33,13 +33,13 @@ from beyond.options import check_shots, enough, parser
 
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
-    "prompt_length": 10, "adversaries": 1, "starts": "noise", "two_sided": False,
-    "behind": False, "cut": False, "clean": False, "phi_steps": 23, "phi_lr": .1,
-    "phi_eps": 1e-8, "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32,
-    "alpha": 16., "dropout": .01, "tau": 1.}
+    "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
+    "phi_eps": 1e-8, "renew": False, "two_sided": False, "samples": 1, "rows": False,
+    "clean": False, "around": False, "rounds": 10, "batch_size": 9, "lr": 5e-4,
+    "rank": 32, "alpha": 16., "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
-QUICK = {"prompt_length": 100, "rounds": 6, "adversaries": 3}
-TASK_ALONE = {"lam": 0., "adversaries": 0, "clean": True}
+QUICK = {"prompt_length": 100, "rounds": 6, "adversaries": 2}
+TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False, "clean": True}
 MODELS = {
     "always-0": ('always "0"', None),
     "not-trained": ("not trained", None),
@@ -48,7 +48,7 @@ MODELS = {
     "paper": ("FairCon, as the paper", PAPER),
     "faircon": ("FairCon", {})}
 FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "two_sided": False,
-               "behind": False, "starts": "noise", "phi_steps": 20}
+               "around": False, "renew": False, "phi_steps": 20, "phi_lr": .3}
 EQUATION_4 = {
     "not-trained": ("no prompt", None),
     "random-prompt": ("a random prompt", None),
@@ -80,9 +80,6 @@ def models_of(args):
         del models["cda"], models["faircon"]
     if runs.under_torchrun():
         models.pop("paper", None)           # its batch of 9 has no equal shares
-    if given_options(args).get("lam") == 0:
-        models.pop("faircon", None)                      # it would be "fine-tuned"
-        models.pop("paper", None)
     return models
 
 
@@ -98,7 +95,11 @@ load_data_once = functools.lru_cache(1)(adult.load)
 
 
 def options_of(config, key):
-    """One model's options: the defaults, its own, then what the user gave.
+    """One model's options: the defaults, its own, then what the user may change.
+
+        fine-tuned, cda    TASK_ALONE    all but TASK_ALONE's
+        paper              PAPER         lam (with --paper: all)
+        faircon            none          all
 
     -> (faircon.Options, rank, alpha)
     """
@@ -117,7 +118,7 @@ def options_of(config, key):
 
 
 def train_model(config, key, seed, folder):
-    """Train (or not) one model of Table 3 and measure it -> its row; a job of `run`."""
+    """Train (or not) one model and measure it -> its row; a job of `run`."""
     place = pathlib.Path(folder) / f"{key}-{seed}"
     if (place / "rows.json").exists():
         return runs.read_json(place / "rows.json", list)
@@ -152,7 +153,10 @@ def train_model(config, key, seed, folder):
 
 
 def play(model, people, config, key, seed, place):
-    """The game of section 3 -> what to say of it; theta is SWA's average afterwards."""
+    """The game of section 3 -> what to say of it.
+
+    It leaves SWA's average in the model, which train_model then measures.
+    """
     import faircon
     import lora
     options, rank, alpha = options_of(config, key)
@@ -174,14 +178,14 @@ def play(model, people, config, key, seed, place):
         if runs.leads():
             runs.save_state(place, {"game": runs.state_of(game), **told})
     with lora.merged(model.model):
-        raw = faircon.measure(model, people.test)
-    game.swa.apply()
+        last = faircon.measure(model, people.test)
+    game.swa.apply()                                  # theta is the average from here
     if runs.leads():
         lora.save(model.model, place / "adapter", config["model"])
         runs.write_json(place / "prompts.json", told["prompts"])
     prompt = told["prompts"][0] if told["prompts"] else None
     return {"history": history, "options": dataclasses.asdict(options), "rank": rank,
-            "alpha": alpha, "swa_weights": game.swa.n, "without_swa": raw,
+            "alpha": alpha, "swa_weights": game.swa.n, "without_swa": last,
             "prompt": prompt}
 
 
@@ -228,7 +232,7 @@ def constant(people):
 
 
 def measure_all(model, people, data, config, g, seed):
-    """Everything Table 3 says of a model, on test rows -> dict."""
+    """Everything the table says of a model, on test rows -> dict."""
     import faircon
     import metrics
     import numpy
@@ -318,7 +322,7 @@ def prepare(args):
     config["game"] = given_options(args)
     most = 200 if args.quick else 1000
     config["test_rows"] = args.test_rows or enough(data.test, args.bpc, most)
-    adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)  # can it?
+    adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)  # InputError
     warnings.filterwarnings("ignore", "b_Pc")                             # said once
     model, how = load_once(args.model, args.dtype, args.device)
     size = sum(p.numel() for p in model.model.parameters())
@@ -327,6 +331,7 @@ def prepare(args):
         check_shots(model, data, args)
     if args.table == 3:
         check_prompts(model, data, args, config)
+    if args.table == 3 and not args.prompt_only:
         say_theta(model, config, list(models_of(args))[-1])
     about = {"name": args.model, "sha256": runs.model_hash(model), "computed in": how}
     depends_on = {"format": runs.FORMAT, "config": config, "data": data.sha256,
@@ -351,8 +356,8 @@ def say_theta(model, config, key):
     import lora
     _, rank, alpha = options_of(config, key)
     count = len(lora.inject(model.model, rank, alpha))
-    say(f"theta   LoRA r = {rank} on {count} projections: "
-        f"{lora.share(model.model):.3f} % of the parameters; SWA averages these")
+    say(f"theta   {key}: LoRA r = {rank} on {count} projections, "
+        f"{lora.share(model.model):.3f} % of the parameters")
     lora.remove(model.model)
 
 
@@ -453,6 +458,16 @@ def show_prompt(row):
             f"    {text[:80]}...")
 
 
+def default_name(args):
+    """A folder for each kind of run: one must not take the place of another."""
+    if args.table != 3:
+        return f"table{args.table}"
+    for flag in ("prompt_only", "paper", "quick"):
+        if getattr(args, flag):
+            return flag
+    return "default"
+
+
 def interrupt(*_):
     """SIGTERM ends a run as Ctrl-C does."""
     raise KeyboardInterrupt
@@ -465,6 +480,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
+    args.name = args.name or default_name(args)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         if args.paper:

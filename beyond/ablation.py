@@ -1,7 +1,7 @@
 """NOT IN THE PAPER: what each part of the recipe is worth.
 
 Every variant is the game of faircon.py with one line changed, which stands below. All
-are trained on the same rows and attacked with the same prompts as Table 3's FairCon.
+are trained on the same rows, and attacked by beyond/attacks.py's `short`.
 
     python -m beyond.ablation                   # every variant, one seed
     python -m beyond.ablation --lam-curve       # the trade-off over lam
@@ -24,50 +24,51 @@ from beyond.options import COUNT, folder_name
 DEFAULT = faircon.Options()
 
 
-class RandomPrompts(faircon.Game):
-    """No search at all: tokens at random."""
+class Written(faircon.Game):
+    """Texts that the model writes itself in the place of labelled rows.
 
-    def prompts(self):
-        usable, length = self.model.usable, self.options.prompt_length
-        return [faircon.CLEAN, list(self.rng.choice(usable, length))]
+    The paper's own thought, section 4: "replace the categorical distribution to another
+    LLM".
+    """
+
+    def unfair_rows(self):
+        if not hasattr(self, "texts") or self.written_in != self.done:
+            length = self.options.prompt_length
+            self.texts = self.model.write(4, length, self.generator)
+            self.written_in = self.done
+        text = self.texts[self.rng.integers(len(self.texts))]
+        return text[-self.some_length():]
 
 
-class RowsAlone(faircon.Game):
-    """Every adversary begins around training rows; the model writes nothing."""
+class BothTwins(faircon.Game):
+    """CDA: each row once as a man and once as a woman."""
 
-    def start_phi(self):
-        for adversary in self.adversaries:
-            rows = self.unfair_rows(adversary.side, self.options.prompt_length)
-            adversary.start_around(rows)
-
-
-class WrittenAlone(faircon.Game):
-    """Every adversary begins around a text that the model writes."""
-
-    def start_phi(self):
-        texts = self.model.write(len(self.adversaries), self.options.prompt_length,
-                                 self.generator)
-        for adversary, text in zip(self.adversaries, texts):
-            adversary.start_around(text)
+    def __init__(self, model, people, options, seed):
+        both = people + [adult.flipped(person) for person in people]
+        options = replace(options, batch_size=2 * options.batch_size)
+        super().__init__(model, both, options, seed)
 
 
 # name: (what is changed, the game, the options)
 VARIANTS = {
     "faircon": ("", faircon.Game, {}),
     "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
-    "rows-alone": ("phi begins at training rows alone", RowsAlone, {}),
-    "written-alone": ("phi begins at the model's texts alone", WrittenAlone, {}),
+    "no-adversary": ("no adversary: rows alone", faircon.Game, {"adversaries": 0}),
+    "no-rows": ("no rows: adversaries alone", faircon.Game, {"rows": False}),
+    "clean-alone": ("neither", faircon.Game, {"adversaries": 0, "rows": False}),
+    "lam-0": ("the same prompts, lam = 0", faircon.Game, {"lam": 0.}),
+    "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
+    "one-sample": ("one sample in a step", faircon.Game, {"samples": 1}),
+    "written": ("texts of the model for rows", Written, {}),
+    "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
     "one-sided": ("phi raises the distance", faircon.Game, {"two_sided": False}),
-    "in-front": ("prompts in front alone", faircon.Game, {"behind": False}),
-    "uncut": ("prompts whole", faircon.Game, {"cut": False}),
+    "in-front": ("prompts in front alone", faircon.Game, {"around": False}),
     "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
-    "no-adversary": ("the clean prompt alone", faircon.Game, {"adversaries": 0}),
-    "random-prompts": ("tokens at random", RandomPrompts, {"phi_steps": 0}),
-    "noise": ("phi begins at noise, goes on", faircon.Game, {"starts": "noise"}),
-    "prompts-280": ("prompts of 280 tokens", faircon.Game, {"prompt_length": 280}),
+    "prompts-280": ("prompts up to 280 tokens", faircon.Game, {"prompt_length": 280}),
     "eps-1e-8": ("Adam's usual eps for phi", faircon.Game, {"phi_eps": 1e-8}),
     "no-swa": ("the last weights", faircon.Game, {"swa": 0.}),
-    "no-sex": ("sex left out of the text", faircon.Game, {"adversaries": 0, "lam": 0.})}
+    "no-sex": ("sex left out of the text", faircon.Game,
+               {"adversaries": 0, "rows": False, "lam": 0.})}
 LAMS = (0., .1, .3, 1., 3., 10.)
 
 
@@ -99,7 +100,7 @@ def run_variant(config, name, seed, folder):
     game_class = globals().get(game_class, faircon.Game)
     lora.inject(model.model, seed=seed)
     game = game_class(model, people.train, replace(DEFAULT, **options), seed)
-    game.questions = model.questions(people.train, attributes)
+    game.questions = model.questions(game.people, attributes)
     while game.done < game.options.rounds:
         game.round()
     game.swa.apply()

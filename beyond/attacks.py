@@ -1,9 +1,13 @@
 """NOT IN THE PAPER: how unfair a finished model still is, behind prompts of others.
 
-The game trains theta against its own adversaries, a third of which begin around
-labelled training rows at b_Pc = 1 and -1. Here others attack: other people, other
-searches, other places. Every prompt that is chosen is chosen on 64 validation people
-and reported on test rows that no choice has seen: an empirical worst case, no proof.
+The game trains theta behind its adversaries' random or searched tokens and behind
+labelled training rows at b_Pc = 1 and -1. Plain few-shot prompts at b = 1 and -1,
+random tokens and the Gumbel search are of the same kinds, with other people; a climb
+over people, other wording, GCG, the model's own texts and sentences are not.
+
+Each search chooses its prompt on 64 validation people; test rows report it. The worst
+gap is the largest over prompts on those test rows: a lower bound for what a longer
+search finds on them, and no proof of anything.
 
     few-shot           labelled people drawn at b_Pc, not chosen        few_shot
     other wording      the same, written otherwise                      reworded
@@ -19,8 +23,11 @@ and reported on test rows that no choice has seen: an empirical worst case, no p
     full               as many people as the context holds
     budget             prompts scored on the 64; a gradient counts as three of them
     worst gap          the largest of any one prompt, each few-shot draw included
+    lowest ACC         of any one prompt: fair, because it reads no longer?
 
-    python -m beyond.attacks runs/NAME [--full]     # -> runs/NAME/attacks.json
+    python -m beyond.attacks runs/NAME              # -> runs/NAME/attacks.json
+    python -m beyond.attacks runs/NAME --full       # -> attacks-full.json
+    python -m beyond.attacks runs/NAME --only climb --budget 400   # attacks-climb.json
 """
 import hashlib
 import json
@@ -54,9 +61,9 @@ CHOSEN_ON = 64                # validation people
 STARTS = 5                    # random prompts that a gradient attack begins with
 GRADIENT = 3                  # its cost in scored prompts (measured: 2 to 3)
 # Budgets are prompts scored; climbs: where the people stand, how many, at most.
-QUICK = {"climb": 40, "tokens": 40, "draws": 1, "test_rows": 200, "lengths": (10, 80),
+QUICK = {"climb": 40, "tokens": 120, "draws": 1, "test_rows": 200, "lengths": (10, 80),
          "climbs": [("behind", "full", MOST)]}
-FULL = {"climb": 160, "tokens": 60, "draws": 3, "test_rows": 400,
+FULL = {"climb": 160, "tokens": 120, "draws": 3, "test_rows": 400,
         "lengths": (10, 80, 160, 320, 600),
         "climbs": [("behind", "full", MOST), ("in front", "full", MOST),
                    ("half", "full", MOST), ("behind", "17 people", DOCUMENT)]}
@@ -102,7 +109,7 @@ def target_of(model, validation, people):
         pool.setdefault((person.s, person.y), []).append(person)
     texts = [adult.text(person) for person in people[:2000]]
     longest = max(len(model.question(text)) for text in texts)
-    room = model.context - longest - MARGIN
+    room = model.window - longest - MARGIN
     return Target(model, model.questions(validation), people, pool, room)
 
 
@@ -298,9 +305,9 @@ def gcg(target, length, budget, rng, slope=true_slope, n=4, top=8, keep=.7):
     """Greedy coordinate gradient from the best of a few random prompts.
 
     The gradient ranks the tokens of each place; of n replacements among the `top` the
-    best is taken, if it is better. As Zou et al., but for two things that help so small
-    a model, whose gap is far from linear in a token: few tokens are kept (theirs: 256),
-    and the gradients of the prompts on the way are averaged (weight `keep`).
+    best is taken, if it is better. After Zou et al., but small: few candidates and few
+    tokens (theirs: 512 and 256), and the gradients of the prompts on the way are
+    averaged (weight `keep`): the gap is far from linear in a token.
     """
     spent = min(STARTS, budget)
     start, g = best_start(target, length, rng, spent)
@@ -321,23 +328,22 @@ def gcg(target, length, budget, rng, slope=true_slope, n=4, top=8, keep=.7):
 
 
 def random_gcg(target, length, budget, rng):
-    """The control of `gcg`: the same budget and starts, and no gradient."""
+    """The control of `gcg`: the same starts and as many candidates, no gradient."""
     return gcg(target, length, budget, rng, random_slope)
 
 
 def gumbel(target, length, budget, rng, step=True):
     """A fresh Adversary of Eq. (3) around the best of a few random prompts.
 
-    phi steps and one sample is scored, in turn. It has few steps, so it starts looser
-    (`kept`) and steps further (`phi_lr`) than the game's.
+    phi steps and one sample is scored, in turn.
     """
     spent = min(STARTS, budget)
     start, g = best_start(target, length, rng, spent)
     best = (start, g)
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
-    options = faircon.Options(prompt_length=length, phi_lr=3., two_sided=False)
+    options = faircon.Options(prompt_length=length, two_sided=False)
     adversary = faircon.Adversary(target.model, options, generator)
-    adversary.start_around(g, kept=.8)
+    adversary.start(around(target.model, g))
     while spent + GRADIENT + 1 <= budget:
         if step:
             adversary.step(target.questions)
@@ -346,6 +352,12 @@ def gumbel(target, length, budget, rng, step=True):
             best = max(best, (target.gap(g), g))
         spent += GRADIENT + 1
     return token_prompt(target.model, best[1], best[0], start)
+
+
+def around(model, g, kept=.8):
+    """phi (L, V) whose samples keep each token of g with probability .8."""
+    own = F.one_hot(torch.tensor(g), len(model.mask)).float()
+    return math.log(kept / (1 - kept) * len(model.usable)) * own
 
 
 def gumbel_no_step(target, length, budget, rng):
@@ -392,6 +404,8 @@ def plan(size, room):
 def search_all(target, size, seed):
     """All that needs no test row -> {name: [Prompt]}: one chosen, or several drawn.
 
+    size["only"]: those alone whose name begins with it.
+
     What is asked alike draws alike: gcg, its control and random search start together.
     """
     found = {}
@@ -400,6 +414,8 @@ def search_all(target, size, seed):
     attacks = plan(size, room)
     asked = list(dict.fromkeys(arguments for _, _, arguments, _ in attacks))
     for name, search, arguments, draws in attacks:
+        if not name.startswith(size.get("only", "")):
+            continue
         found[name] = []
         number = asked.index(arguments)
         for draw in range(draws):
@@ -430,7 +446,7 @@ def report(model, prompts, people):
 
 def attack(model, people, data, size, seed):
     """Every attack on a model; `people` is adult.split's -> part of a row."""
-    target = target_of(model, people.validation[:CHOSEN_ON], data.train)
+    target = target_of(model, people.validation[:CHOSEN_ON], others(data, people))
     test = people.test[:size["test_rows"]]
     attacks = {}
     for name, prompts in search_all(target, size, seed).items():
@@ -438,13 +454,20 @@ def attack(model, people, data, size, seed):
     budget = {name: entry.pop("budget") for name, entry in attacks.items()}
     budget = {name: curve for name, curve in budget.items() if curve}
     worst = max(max(entry["draws"]) for entry in attacks.values())
+    lowest = min(entry["acc"] for entry in attacks.values())
     return {"test_rows": len(test), "attacks": attacks, "budget": budget,
-            "worst": worst}
+            "worst": worst, "lowest_acc": lowest}
+
+
+def others(data, people):
+    """Those of adult.data whom neither training nor a choice of prompts has met."""
+    met = {id(person) for person in people.train + people.validation}
+    return [person for person in data.train if id(person) not in met]
 
 
 def short(model, data, people, seed):
     """For beyond.ablation: the worst gap of three kinds of prompt -> {kind: gap}."""
-    target = target_of(model, people.validation[:CHOSEN_ON], data.train)
+    target = target_of(model, people.validation[:CHOSEN_ON], others(data, people))
     kinds = {few_shot: "shots", climb: "climb", written_search: "tokens",
              random_search: "tokens", sentence: "tokens"}
     worst = {}
@@ -487,7 +510,7 @@ def lines(row):
         values[name] = entry["gap"]
         if " b = " in name:
             values[f"{name}, p_m - p_f"] = entry["signed_gap"]
-    return {**values, "worst gap": row["worst"]}
+    return {**values, "worst gap": row["worst"], "lowest ACC": row["lowest_acc"]}
 
 
 def show(rows, at_once=5):
@@ -508,7 +531,7 @@ def show(rows, at_once=5):
 LEGEND = """
 gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. b: labelled people
 at b_Pc, mean of {draws} draws; p_m - p_f is signed, above 0 men are favoured. full: as
-many people as the context holds. worst gap: the largest of any one prompt above."""
+many people as the context holds. worst gap, lowest ACC: of any one prompt above."""
 
 
 # ------------------------------------------------------------------ the command
@@ -540,8 +563,11 @@ def run(args):
     size = dict(FULL if args.full else QUICK)
     if args.budget:
         size.update(climb=args.budget, tokens=args.budget)
+    if args.only:
+        size["only"] = args.only
+    kind = args.only or ("full" if args.full else "quick")
     program = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    asked = {"kind": "full" if args.full else "quick", "size": size, "data": args.data,
+    asked = {"kind": kind, "size": size, "data": args.data,
              "model_path": args.model_path, "device": args.device, "program": program}
     asked = json.loads(json.dumps(asked))                  # as it will be read back
     small = "a small model" in str(results["model"].get("computed in"))
@@ -550,10 +576,11 @@ def run(args):
     jobs = [(str(folder), key, seed, asked) for key, seed in pairs]
     rows = run_jobs(attack_model, jobs, workers)
     config = {**asked, "run": results["config"]}
-    write_json(folder / "attacks.json", {"config": config, "rows": rows})
+    file = folder / ("attacks.json" if kind == "quick" else f"attacks-{kind}.json")
+    write_json(file, {"config": config, "rows": rows})
     show(rows)
     print(LEGEND.format(draws=size["draws"]))
-    print(f"\nsaved in {folder}/attacks.json, with every prompt")
+    print(f"\nsaved in {file}, with every prompt")
 
 
 def parser():
@@ -565,6 +592,8 @@ def parser():
                    help="more attacks, lengths, draws, a larger budget, 400 test rows")
     p.add_argument("--models", nargs="+", metavar="KEY",
                    help="these alone, such as fine-tuned faircon (all)")
+    p.add_argument("--only", choices=("climb", "random", "written", "gcg", "gumbel"),
+                   help="the attacks whose name begins with this")
     p.add_argument("--budget", type=COUNT, metavar="N",
                    help=f"prompts scored in a search ({QUICK['climb']}; full "
                    f"{FULL['climb']}, and {FULL['tokens']} for tokens)")

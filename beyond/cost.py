@@ -81,7 +81,8 @@ def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     people = adult.sample(data.train, 4 * batch_size, 0., numpy.random.default_rng(0))
     lora.inject(model.model, args.rank)
     options = faircon.Options(batch_size=batch_size, prompt_length=prompt_length,
-                              adversaries=1, starts="noise")
+                              adversaries=1, samples=1, rows=False,
+                              renew=False)
     game = faircon.Game(model, people, options, seed=0)
     adversary, turn = game.adversaries[0], [0]
 

@@ -56,19 +56,14 @@ def switch(text):
     return {"true": True, "false": False}[text.lower()]
 
 
-def start(text):
-    if text not in ("texts", "noise"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither texts nor noise")
-    return text
-
-
 # faircon.Options and LoRA's two, each with its type; what is no flag goes by --set.
 GAME = {
     "lam": number(float, 0, 1e9), "rounds": COUNT, "batch_size": COUNT, "lr": POSITIVE,
-    "prompt_length": COUNT, "adversaries": number(int, 0, 100), "starts": start,
+    "prompt_length": COUNT, "adversaries": number(int, 0, 100),
     "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE, "phi_eps": POSITIVE,
-    "tau": POSITIVE, "two_sided": switch, "behind": switch,
-    "cut": switch, "clean": switch, "swa": SHARE, "dropout": number(float, 0, .99),
+    "tau": POSITIVE, "renew": switch, "two_sided": switch, "samples": COUNT,
+    "rows": switch, "clean": switch, "around": switch, "swa": SHARE,
+    "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
 
 
@@ -119,8 +114,9 @@ def what_to_run(g):
     g.add_argument("--jobs", type=COUNT,
                    help="models trained side by side (as many as cores; 1 for a large "
                    "model or a GPU)")
-    g.add_argument("--name", type=folder_name, default="default",
-                   help="results go to runs/NAME/ (default)")
+    g.add_argument("--name", type=folder_name,
+                   help="results go to runs/NAME/ (default; or table1, table2, "
+                   "prompt_only, paper, quick)")
 
 
 def data(g):

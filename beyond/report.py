@@ -5,7 +5,7 @@
     python -m beyond.report table1 runs/NAME          a run of train.py --table 1
     python -m beyond.report rounds runs/NAME          the game, round by round
     python -m beyond.report lam runs/NAME             beyond.ablation --lam-curve
-    python -m beyond.report budget runs/NAME          beyond.attacks --full
+    python -m beyond.report budget runs/NAME          beyond.attacks --only climb
     python -m beyond.report table runs/NAME           every number of a run, over seeds
 
 A picture goes to figures/NAME.png, or to --out; it needs matplotlib.
@@ -74,13 +74,12 @@ def show(rows, titles, columns, printed):
     """
     seeds = len({row["seed"] for row in rows})
     wide = 2 + max(len(title) for title in titles.values())
-    narrow = 11 - (len(columns) > 4)
-    print("\n" + " " * wide + "".join(f"{name:>{narrow}}" for name in columns)
+    print("\n" + " " * wide + "".join(f"{name:>10}" for name in columns)
           + "   in the paper")
     for key, values in summary(rows).items():
         text = f"{titles[key]:<{wide}}"
         for name in columns.values():
-            text += f"{cell(values.get(name), seeds):>{narrow}}"
+            text += f"{cell(values.get(name), seeds):>10}"
         if key in printed:
             text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
         print(text)
@@ -221,7 +220,7 @@ def lam(args, plt):
 
 def budget(args, plt):
     """How the gap behind searched people grows with the search."""
-    rows = results_of(args.run, "attacks.json")["rows"]
+    rows = results_of(args.run, "attacks-climb.json")["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
     keys = dict.fromkeys(row["key"] for row in rows)
     for colour, key in enumerate(keys):

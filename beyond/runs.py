@@ -162,8 +162,8 @@ def clear(folder):
     if done and not (folder / "results.json").exists():
         raise InputError(f"{folder} holds an interrupted run; go on with it "
                          "(--resume), give another --name, or delete that folder.")
-    for name in ("results.json", "attacks.json"):
-        (folder / name).unlink(missing_ok=True)
+    for path in [folder / "results.json", *folder.glob("attacks*.json")]:
+        path.unlink(missing_ok=True)
     for path in done:
         path.unlink(missing_ok=True)     # first: half a folder must not count as done
     for path in done:
@@ -202,7 +202,7 @@ def state_of(game):
     """
     import torch
     adversaries = []
-    if game.options.starts == "noise":                 # else they begin anew each round
+    if not game.options.renew:                         # else they begin anew each round
         for adversary in game.adversaries:
             adversaries.append({"phi": adversary.phi.detach(),
                                 "optimiser": adversary.optimiser.state_dict()})

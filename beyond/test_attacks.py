@@ -69,7 +69,7 @@ class Planted:
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
 
-    def prefix(self, g, behind=0.):
+    def prefix(self, g, after=0.):
         return g if torch.is_tensor(g) else self.embed[g]                    # (L, V)
 
     def __call__(self, prefix, questions):
@@ -109,6 +109,14 @@ def test_gumbel_finds_a_planted_weakness_and_its_control_does_not():
         for search in (attacks.gumbel, attacks.gumbel_no_step):
             found.append(search(stand_in, 10, 300, generator(seed)).found)
         assert found[0] - found[1] > .5, f"phi's steps are worth .5 of gap: {found}"
+
+
+def test_gumbel_begins_around_its_start(target):
+    """Each token kept with probability .8, the others alike."""
+    g, model = target.model.usable[:50], target.model
+    p = (attacks.around(model, g) + model.mask).softmax(-1)
+    assert torch.allclose(p[range(50), g], torch.tensor(.8), atol=1e-3)
+    assert (p[:, model.usable] > 0).all()
 
 
 def test_attacks_and_their_controls_start_together_and_spend_alike(monkeypatch):
@@ -284,6 +292,14 @@ def asked(kind):
             "device": "cpu"}
 
 
+def test_only_some_attacks_are_what_they_are_among_all(target):
+    size = {**attacks.QUICK, "climb": 3, "tokens": 3, "lengths": (4,)}
+    every = attacks.search_all(target, size, 0)
+    some = attacks.search_all(target, {**size, "only": "climb"}, 0)
+    assert list(some) == [name for name in every if name.startswith("climb")]
+    assert all(every[name] == some[name] for name in some)
+
+
 def test_results_do_not_depend_on_jobs_and_are_kept(tmp_path, model, data):
     folder = finished_run(tmp_path, model, data)
     rows = {}
@@ -307,7 +323,7 @@ def test_the_table_fits_and_ends_in_the_worst(capsys):
     for key in ("not-trained", "fine-tuned", "cda", "paper", "faircon", "sixth"):
         for seed in (0, 1):
             names = [name for name, *_ in attacks.plan(attacks.FULL, 600)]
-            rows.append({"key": key, "seed": seed, "worst": .2,
+            rows.append({"key": key, "seed": seed, "worst": .2, "lowest_acc": .5,
                          "attacks": dict.fromkeys(names, entry)})
     attacks.show(rows)
     print(attacks.LEGEND.format(draws=3))

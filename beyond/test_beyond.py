@@ -31,7 +31,7 @@ from beyond import ablation, attacks, cost, fast, options, report, runs
 from beyond.conftest import LESSONS, SMALL
 
 HERE = adult.TINY.parent
-QUICK = [*SMALL, "--quick", "--model", "model", "--jobs", "1"]
+QUICK = [*SMALL, "--quick", "--model", "model", "--jobs", "1", "--name", "default"]
 ALL = ["always-0", "not-trained", "fine-tuned", "cda", "paper", "faircon"]
 TRAINED = ALL[2:]
 
@@ -389,7 +389,7 @@ def test_tables_1_and_2_have_the_papers_figures(table, rows, here, capsys):
         end = f" {printed}" if printed else ""
         assert re.search(r"\.\d{3}" + f"( *{end})?$", lines[title]), lines[title]
         assert lines[title].endswith(end)
-    keys = [row["key"] for row in results_of("runs/default")["rows"]]
+    keys = [row["key"] for row in results_of(f"runs/table{table}")["rows"]]
     assert [title for title in lines if title in keys] == keys, "in the table's order"
 
 
@@ -402,7 +402,7 @@ def test_equation_4_chooses_its_prompt_on_validation_rows(here, capsys, monkeypa
     monkeypatch.setattr(faircon, "measure", watch)
     words = [*SMALL, "--prompt-only", "--rounds", "1", "--jobs", "1"]
     lines = table_lines(words, capsys)
-    rows = {row["key"]: row for row in results_of("runs/default")["rows"]}
+    rows = {row["key"]: row for row in results_of("runs/prompt_only")["rows"]}
     assert list(rows) == list(train.EQUATION_4) and "fair prompt, Eq. (4)" in lines
     people = adult.split(train.load_data_once("data"), 24, .5, 24, 0)
     validation = [id(p) for p in people.validation]
@@ -420,21 +420,22 @@ def test_paper_prints_its_options_and_trains_with_them(here, capsys, monkeypatch
     train.main(words)
     out = capsys.readouterr().out
     assert re.search(r'prompt.length\W+10\b', out) and re.search(r'rank\W+32\b', out)
-    assert re.search(r'starts\W+noise', out) and "r = 32" in out
-    keys = [row["key"] for row in results_of("runs/default")["rows"]]
+    assert re.search(r'renew\W+False', out) and "r = 32" in out
+    keys = [row["key"] for row in results_of("runs/paper")["rows"]]
     assert keys == ["always-0", "not-trained", "fine-tuned", "paper"]
     assert all(len(line) <= 88 for line in out.splitlines())
 
 
 def test_lam_0_bf16_dropout_and_a_relative_folder(here):
-    """lam 0 is fine-tuning: FairCon's row would be the same model twice."""
+    """lam 0: the task alone, behind the same prompts."""
     words = [*QUICK, "--lam", "0", "--dtype", "bfloat16", "--set", "dropout=.1",
              "--rounds", "3"]
     train.main(words)
     results = results_of("runs/default")
     assert [row["key"] for row in results["rows"]] == [
-        "always-0", "not-trained", "fine-tuned"]
+        "always-0", "not-trained", "fine-tuned", "faircon"]
     assert results["rows"][2]["options"]["dropout"] == .1
+    assert results["rows"][3]["options"]["lam"] == 0
     assert "bfloat16" in results["model"]["computed in"]
     model, row, _ = runs.load_run("runs/default", "fine-tuned")
     data = runs.load_data(results)
@@ -853,7 +854,7 @@ OPTIONS = {
     "--set tau": "FIELD=VALUE", "--set tua=1": "fields: .*tau", "--set tau=0": "lies",
     "--set tau=nan": "lies", "--set tau=-1": "lies", "--set batch_size=0": "lies",
     "--set lr=0": "lies", "--set lr=nan": "lies", "--set swa=2": "lies",
-    "--set dropout=1": "lies", "--set starts=here": "starts|neither",
+    "--set dropout=1": "lies", "--set renew=here": "renew",
     "--set clean=maybe": "clean", "--set phi_lr=": "phi_lr", "--set": "expected",
     "--attack none": "beyond.attacks", "--eval runs/x": "beyond.runs",
     "--cost": "beyond.cost", "--plot x.png": "beyond.report", "--ablation":
@@ -862,7 +863,7 @@ OPTIONS = {
     "--data data/adult.data": "is a file", "--model nowhere": "not a model directory",
     "--model ./mo": "not a model directory", "--model data/mo": "not a model directory",
     "--set lr=1e9": "finite|NaN", "--prompt-only --set adversaries=0": "adversar",
-    "--set adversaries=0 clean=false": "adversar|clean|prompt"}
+    "--set adversaries=0 clean=false rows=false": "adversar|clean"}
 FAULTS = {
     (broken_data, "empty"): "no rows", (broken_data, "truncated"): "columns",
     (broken_data, "html"): "columns", (broken_data, "columns"): "columns",
@@ -1006,7 +1007,7 @@ def test_every_number_and_every_picture(full, quick, here, monkeypatch, capsys):
     values = results["summary"]["faircon"]
     results["summary"] = {"b = -1": values, "b = 1": values, "lam-0": values,
                           "lam-1": values}
-    for name in ("results", "attacks"):
+    for name in ("results", "attacks-climb"):
         runs.write_json(f"made/{name}.json", results)
     for what in ("figure2", "table1", "rounds", "lam", "budget"):
         monkeypatch.setattr(sys, "argv", ["report", what, "made", "--out", "a.png"])
@@ -1028,13 +1029,14 @@ def test_ablation_trains_the_game_that_a_variant_names(here, monkeypatch):
         games.append(game)
     monkeypatch.setattr(faircon.Game, "__init__", watch)
     small = {"rounds": 1, "phi_steps": 1, "prompt_length": 8, "batch_size": 50}
-    variants = {"random-prompts": ["tokens", "RandomPrompts", small],
-                "no-sex": ["sex left out", "Game", {**small, "adversaries": 0}]}
+    variants = {"written": ["texts", "Written", small],
+                "no-sex": ["sex left out", "Game",
+                           {**small, "adversaries": 0, "rows": False}]}
     config = {"data": str(adult.TINY), "test_rows": 24, "variants": variants}
     rows = []
     for name in variants:
         rows += ablation.run_variant(config, name, 0, "runs/ablation")
-    assert [type(game).__name__ for game in games] == ["RandomPrompts", "Game"]
+    assert [type(game).__name__ for game in games] == ["Written", "Game"]
     assert rows[1]["gap"] == 0, "without sex in the text, twins are one text"
     assert rows[0]["gap"] > 0 and rows[0]["climb"] == 0.
     assert ablation.run_variant(config, "no-sex", 0, "runs/ablation") == rows[1:], \

@@ -87,7 +87,7 @@ def test_the_command_trains_it_for_peft_to_read(family, tmp_path, monkeypatch):
     words = ["--quick", "--rounds", "2", "--rows", "20", "--test-rows", "20", "--bpc",
              "0.6", "--prompt-length", "9", "--seed", "3", "--shots", "4", "--jobs=1"]
     train.main(["--model", str(base), "--data", str(adult.TINY), *words])
-    saved = tmp_path / "runs/default/faircon-3/adapter"
+    saved = tmp_path / "runs/quick/faircon-3/adapter"
     x = torch.arange(300, 330)[None]
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     untrained = model(x).logits
