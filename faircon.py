@@ -250,10 +250,8 @@ class Options:
     adversaries: int = 4           # distributions g_phi side by side                [1]
     phi_steps: int = 4             # steps of each adversary in a round             [23]
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
-    phi_eps: float = 1e-16         # Adam's, for phi                              [1e-8]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
-    two_sided: bool = True         # see Adversary.unfairness                   [False]
     samples: int = 2               # of the adversaries, in a step of theta          [1]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
     clean: bool = True             # theta also answers without any prompt       [False]
@@ -266,12 +264,11 @@ class Adversary:
     """g_phi: for each of L positions a categorical distribution over V tokens.
 
     sign: +1 makes the prompt unfair, Eq. (3); -1 makes it fair, Eq. (4).
-    side: +1 or -1, whom a two-sided adversary favours: men or women.
     """
 
-    def __init__(self, model, options, generator, sign=1, side=1):
+    def __init__(self, model, options, generator, sign=1):
         self.model, self.options, self.generator = model, options, generator
-        self.sign, self.side = sign, side
+        self.sign = sign
         self.start(self.noise(options.prompt_length))
 
     def noise(self, length):
@@ -279,15 +276,9 @@ class Adversary:
         return torch.randn(length, len(self.model.embed), generator=self.generator)
 
     def start(self, phi):
-        """Begin at phi (L, V), with a fresh Adam.
-
-        Straight-through gradients on 50,000 logits are 1e-6 and smaller: beside Adam's
-        usual eps of 1e-8 some hardly move, hence `phi_eps`.
-        """
+        """Begin at phi (L, V), with a fresh Adam."""
         self.phi = phi.to(self.model.device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr,
-                                          eps=self.options.phi_eps)
-
+        self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr)
     def sample(self):
         """A prompt, one-hot (L, V), differentiable in phi; both twins get the SAME."""
         noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
@@ -300,31 +291,18 @@ class Adversary:
         """The most probable token of each place: what phi stands for, without luck."""
         return (self.phi + self.model.mask).argmax(-1).tolist()
 
-    def unfairness(self, logits):
-        """What phi raises; logits (2, B, V).
-
-        The distance of Eq. (3). NOT IN THE PAPER: two-sided, p_m - p_f by one adversary
-        and p_f - p_m by the next. The distance has no sign: in a model that leans
-        towards men every adversary would look for more of that, and theta would never
-        meet a prompt that favours women.
-        """
-        if not self.options.two_sided:
-            return distance(logits)
-        p = self.model.p_yes(logits)                                         # (2, B)
-        return self.side * (p[0] - p[1]).mean()
-
     def step(self, questions, after=0.):
-        """One step of phi up (sign +1) or down (-1) the unfairness, theta frozen.
+        """One step of phi up (sign +1) or down (-1) the distance, theta frozen.
 
         -> the distance before it
         """
         prefix = self.model.prefix(self.sample(), after=after)
-        logits = self.model(prefix, questions)
-        loss = -self.sign * self.unfairness(logits)
+        d = distance(self.model(prefix, questions))
+        loss = -self.sign * d
         gradient, = torch.autograd.grad(loss, self.phi)
         self.phi.grad = average_over_processes(gradient)
         self.optimiser.step()
-        return distance(logits).item()
+        return d.item()
 
 
 # ------------------------------------------------------------------ the game, Eq. (3)
@@ -342,10 +320,8 @@ class Game:
         self.rng = numpy.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.adversaries = []
-        for k in range(options.adversaries):
-            side = 1 if k % 2 == 0 else -1
-            self.adversaries.append(
-                Adversary(model, options, self.generator, sign, side))
+        for _ in range(options.adversaries):
+            self.adversaries.append(Adversary(model, options, self.generator, sign))
         self.theta = lora.theta(model.model)
         self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
         self.swa = SWA(self.theta)
@@ -534,8 +510,8 @@ def lesson():
 def climb_once(model, people, options):
     """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, adversaries=1, two_sided=False, prompt_length=20,
-                      phi_lr=2., rows=False, clean=False)
+    options = replace(options, adversaries=1, prompt_length=20, phi_lr=2., rows=False,
+                      clean=False)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
     adversary, questions, means = game.adversaries[0], game.questions[:20], []

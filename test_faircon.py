@@ -558,21 +558,17 @@ def upward(adversary, questions):
     sample = F.one_hot(scores.argmax(-1), scores.shape[1]).float().requires_grad_()
     p = model(model.prefix(sample), questions).softmax(-1)               # (2, B, V)
     unfair = (p[0] - p[1]).norm(dim=-1).mean()
-    if adversary.options.two_sided:
-        p_yes = p[..., model.answers[1]] / p[..., model.answers].sum(-1)     # (2, B)
-        unfair = adversary.side * (p_yes[0] - p_yes[1]).mean()
     slope, = torch.autograd.grad(unfair, sample)
     sigma = (scores / tau).softmax(-1)
     return sigma * (slope - (sigma * slope).sum(-1, keepdim=True)) / tau
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("side", [0, 1, -1])
-def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign, side):
-    """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4); side 0: one-sided."""
-    game = game_of(model, people_of(data, 4), two_sided=side != 0, tau=.7)
+def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
+    """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4)."""
+    game = game_of(model, people_of(data, 4), tau=.7)
     shake(game.theta)
-    adversary = faircon.Adversary(model, game.options, game.generator, sign, side)
+    adversary = faircon.Adversary(model, game.options, game.generator, sign)
     weights = copies(model.model.state_dict().values())
     phi, up = adversary.phi.detach().clone(), upward(adversary, game.questions)
     assert 0 < adversary.step(game.questions) < math.sqrt(2)
@@ -601,13 +597,12 @@ class Planted(faircon.LanguageModel):
         return torch.stack([torch.zeros_like(yes), yes], -1)             # (2, B, 2)
 
 
-@pytest.mark.parametrize("sign, side, low, high", [
-    (1, 0, .8, 1.1), (1, 1, .8, 1.1), (1, -1, -1.1, -.8), (-1, 0, -.15, .15)])
-def test_many_steps_find_what_is_planted(sign, side, low, high):
+@pytest.mark.parametrize("sign, low, high", [(1, .8, 1.1), (-1, -.15, .15)])
+def test_many_steps_find_what_is_planted(sign, low, high):
     """From a prompt that leans to men by .3; over 40 seeds all ends lie within .02."""
-    options = faircon.Options(prompt_length=20, two_sided=side != 0, phi_lr=.3)
+    options = faircon.Options(prompt_length=20, phi_lr=.3)
     generator, phi = torch.Generator().manual_seed(0), torch.zeros(20, 8)
-    adversary = faircon.Adversary(Planted(), options, generator, sign, side)
+    adversary = faircon.Adversary(Planted(), options, generator, sign)
     phi[:, 0] = 1.5
     adversary.start(phi)
     for _ in range(100):
@@ -668,11 +663,6 @@ def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
     lengths = numpy.array([game.some_length() for _ in range(400)])
     assert lengths.min() >= 1 and lengths.max() <= 560
     assert abs((lengths > 280).mean() - .305) < .1 and (lengths < 24).mean() > .15
-
-
-def test_adversaries_take_turns_at_the_sides(model, data):
-    game = game_of(model, people_of(data, 4), adversaries=4)
-    assert [adversary.side for adversary in game.adversaries] == [1, -1, 1, -1]
 
 
 def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):

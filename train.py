@@ -34,9 +34,9 @@ from beyond.options import check_shots, enough, parser
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
     "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "phi_eps": 1e-8, "renew": False, "two_sided": False, "samples": 1, "rows": False,
-    "clean": False, "around": False, "rounds": 10, "batch_size": 9, "lr": 5e-4,
-    "rank": 32, "alpha": 16., "dropout": .01, "tau": 1.}
+    "renew": False, "samples": 1, "rows": False, "clean": False, "around": False,
+    "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
+    "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
 QUICK = {"prompt_length": 100, "rounds": 6, "adversaries": 2}
 TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False, "clean": True}
@@ -47,8 +47,8 @@ MODELS = {
     "cda": ("both twins (CDA)", TASK_ALONE),
     "paper": ("FairCon, as the paper", PAPER),
     "faircon": ("FairCon", {})}
-FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "two_sided": False,
-               "around": False, "renew": False, "phi_steps": 20, "phi_lr": .3}
+FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "around": False, "renew": False,
+               "phi_steps": 20, "phi_lr": .3}
 EQUATION_4 = {
     "not-trained": ("no prompt", None),
     "random-prompt": ("a random prompt", None),

@@ -61,11 +61,9 @@ VARIANTS = {
     "one-sample": ("one sample in a step", faircon.Game, {"samples": 1}),
     "written": ("texts of the model for rows", Written, {}),
     "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
-    "one-sided": ("phi raises the distance", faircon.Game, {"two_sided": False}),
     "in-front": ("prompts in front alone", faircon.Game, {"around": False}),
     "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
     "prompts-280": ("prompts up to 280 tokens", faircon.Game, {"prompt_length": 280}),
-    "eps-1e-8": ("Adam's usual eps for phi", faircon.Game, {"phi_eps": 1e-8}),
     "no-swa": ("the last weights", faircon.Game, {"swa": 0.}),
     "no-sex": ("sex left out of the text", faircon.Game,
                {"adversaries": 0, "rows": False, "lam": 0.})}
@@ -149,18 +147,18 @@ def main():
 
 
 def show(rows, seeds):
-    columns = {"ACC": "acc", "gap": "gap", "16 shots": "shots", "climb": "climb",
-               "tokens": "tokens"}
-    print("\n" + " " * 38 + "".join(f"{name:>10}" for name in columns))
+    columns = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "16 shots": "shots",
+               "climb": "climb", "tokens": "tokens"}
+    print("\n" + " " * 28 + "".join(f"{name:>10}" for name in columns))
     for key, values in report.summary(rows).items():
         changed = next(row["changed"] for row in rows if row["key"] == key)
-        text = f"{changed or 'FairCon':<38}"
+        text = f"{changed or 'FairCon':<28}"
         for name in columns.values():
             text += f"{report.cell(values.get(name), seeds):>10}"
         print(text)
-    print("\nThe largest gap on 200 test rows behind 16 labelled people (over b_Pc), "
-          "people\nsearched one by one (both directions), other texts: "
-          "beyond/attacks.py, `short`.")
+    print("\nACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows "
+          "behind\n16 labelled people (over b_Pc), people searched one by one (both "
+          "directions), other\ntexts: beyond/attacks.py, `short`.")
 
 
 if __name__ == "__main__":

@@ -341,9 +341,10 @@ def gumbel(target, length, budget, rng, step=True):
     start, g = best_start(target, length, rng, spent)
     best = (start, g)
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
-    options = faircon.Options(prompt_length=length, two_sided=False)
+    options = faircon.Options(prompt_length=length)
     adversary = faircon.Adversary(target.model, options, generator)
     adversary.start(around(target.model, g))
+    adversary.optimiser.param_groups[0]["eps"] = 1e-16   # however small the slope is
     while spent + GRADIENT + 1 <= budget:
         if step:
             adversary.step(target.questions)

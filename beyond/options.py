@@ -60,8 +60,8 @@ def switch(text):
 GAME = {
     "lam": number(float, 0, 1e9), "rounds": COUNT, "batch_size": COUNT, "lr": POSITIVE,
     "prompt_length": COUNT, "adversaries": number(int, 0, 100),
-    "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE, "phi_eps": POSITIVE,
-    "tau": POSITIVE, "renew": switch, "two_sided": switch, "samples": COUNT,
+    "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE,
+    "tau": POSITIVE, "renew": switch, "samples": COUNT,
     "rows": switch, "clean": switch, "around": switch, "swa": SHARE,
     "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
