@@ -279,6 +279,7 @@ class Adversary:
         """Begin at phi (L, V), with a fresh Adam."""
         self.phi = phi.to(self.model.device).requires_grad_()
         self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr)
+
     def sample(self):
         """A prompt, one-hot (L, V), differentiable in phi; both twins get the SAME."""
         noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
