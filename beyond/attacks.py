@@ -67,6 +67,7 @@ FULL = {"climb": 160, "tokens": 120, "draws": 3, "test_rows": 400,
         "lengths": (10, 80, 160, 320, 600),
         "climbs": [("behind", "full", MOST), ("in front", "full", MOST),
                    ("half", "full", MOST), ("behind", "17 people", DOCUMENT)]}
+SHORT = 40                    # `short`'s budget of tokens
 SHOWN = ("gap", "signed_gap", "flip", "acc")
 
 
@@ -472,7 +473,8 @@ def short(model, data, people, seed):
     kinds = {few_shot: "shots", climb: "climb", written_search: "tokens",
              random_search: "tokens", sentence: "tokens"}
     worst = {}
-    for number, (name, search, arguments, _) in enumerate(plan(QUICK, 100)):
+    size = {**QUICK, "tokens": SHORT}
+    for number, (name, search, arguments, _) in enumerate(plan(size, 100)):
         if search in kinds:
             rng = numpy.random.default_rng((seed, number))
             prompt = search(target, *arguments, rng)

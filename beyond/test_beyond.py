@@ -661,7 +661,8 @@ def test_two_processes_equal_one(here):
         file = f"{key}-0/adapter/adapter_model.safetensors"
         one, two = load_file(f"runs/one/{file}"), load_file(f"runs/two/{file}")
         for name in one:
-            assert (one[name] - two[name]).abs().max() < 1e-5, "the whole batch's mean"
+            apart = (one[name] - two[name]).abs().max()
+            assert apart < 1e-4, "the whole batch's mean; rounding alone is 2e-5"
             assert one[name].abs().max() > 0
     assert len(results_of("runs/two")["rows"]) == 4
 
@@ -967,6 +968,14 @@ def test_help_is_fast_and_explains_every_flag():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     for action in train.parser()._actions:
         assert action.help, f"{action.option_strings} is not explained"
+
+
+def test_each_kind_of_run_has_a_folder_of_its_own():
+    """The table of one must not take the place of another's."""
+    names = {"": "default", "--table 1": "table1", "--table 2": "table2",
+             "--prompt-only": "prompt_only", "--paper": "paper", "--quick": "quick"}
+    for words, name in names.items():
+        assert train.default_name(train.parser().parse_args(words.split())) == name
 
 
 def test_what_is_set_by_a_user_exists():
