@@ -356,8 +356,8 @@ class Game:
     def start_phi(self):
         """Where phi begins in this round: at noise, in the paper once and for all.
 
-        NOT IN THE PAPER: anew in every round, since a distribution that has settled
-        cannot follow a moving model, and at a length of its own.
+        NOT IN THE PAPER: anew in every round, since theta has moved meanwhile, and at a
+        length of its own.
         """
         if self.options.renew:
             for adversary in self.adversaries:
@@ -397,7 +397,7 @@ class Game:
         """What stands in front in one step of theta: samples of the adversaries.
 
         NOT IN THE PAPER: and nothing, the prompt most used when the model is; and
-        labelled rows, section 2's unfair few-shot prompts, which g_phi cannot write.
+        labelled rows, section 2's unfair few-shot prompts, which phi does not find.
         """
         prompts = [CLEAN] if self.options.clean else []
         for _ in range(self.options.samples if self.adversaries else 0):

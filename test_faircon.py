@@ -830,7 +830,7 @@ def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
     """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
     people = people_of(data, 8)
     game = game_of(model, people, rows=True, prompt_length=300)
-    seen = set()
+    seen, met = set(), set()
     other = {"Male": "Female", "Female": "Male"}
     known = {adult.text(person, "Male") for person in people}
     for _ in range(30):
@@ -846,9 +846,36 @@ def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
             favoured.add(sex if y == "1" else other[sex])
             as_man = shot.replace("sex Female", "sex Male")
             assert as_man[:-3] in known, "rows of others"
+            met.add(as_man)
         assert len(favoured) < 2, "labels contradict each other"
         seen |= favoured
     assert seen == {"Male", "Female"}
+    assert len(met) == len(known), "everybody stands in some prompt"
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_prompt_stands_before_after_or_around_the_instruction(model, data, around):
+    game = game_of(model, people_of(data, 4), around=around)
+    shares = [game.share_after() for _ in range(60)]
+    if around:
+        assert {0., 1.} < set(shares), "before, after, and parts of it"
+        assert len(set(shares)) > 10
+    else:
+        assert set(shares) == {0.}
+
+
+@pytest.mark.parametrize("half", ["phi", "theta"])
+def test_both_halves_place_their_prompts(model, data, monkeypatch, half):
+    game = game_of(model, people_of(data, 4))
+    monkeypatch.setattr(game, "share_after", lambda: .25)
+    seen, prefix = [], model.prefix
+
+    def see(*given, **named):
+        seen.append(named.get("after"))
+        return prefix(*given, **named)
+    monkeypatch.setattr(model, "prefix", see)
+    game.phi_half() if half == "phi" else game.theta_step(range(4))
+    assert seen and set(seen) == {.25}
 
 
 # ------------------------------------------------------------------ theta, Eq. (3)
@@ -884,6 +911,8 @@ def test_theta_meets_fresh_samples_rows_and_nothing(model, data, clean, rows):
         which = drawn.index(g)
         seen.append((which, *g))
         assert len(prompts) == rows
+        assert all("label:" in model.decode(g) or len(g) < 6 for g in prompts)
+        assert faircon.CLEAN not in prompts
         game.options.samples = 3
         assert len(game.prompts()) == 3 + clean + rows
         game.options.samples = 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adult
+import faircon
 from adult import InputError
 from beyond import attacks, runs
 from beyond.fast import FastModel, load_model
@@ -317,6 +318,33 @@ def test_worst_gap_counts_every_few_shot_draw(model, data, people):
     assert row["worst"] == max(draws), "this model's worst is a few-shot prompt"
     assert row["worst"] > max(means), "draws, not their mean"
     assert row["test_rows"] == 8
+    accuracies = [entry["acc"] for entry in row["attacks"].values()]
+    assert row["lowest_acc"] == min(accuracies) < max(accuracies)
+
+
+def test_prompts_are_made_of_people_whom_the_run_has_not_met(model, data, people,
+                                                             monkeypatch):
+    pools = []
+    monkeypatch.setattr(attacks, "search_all", lambda target, *_: pools.append(
+        target.people) or {"none": [attacks.Prompt(adult.INSTRUCTION, {})]})
+    attacks.attack(model, people, data, SMALL, 0)
+    pool = {id(person) for person in pools[0]}
+    met = {id(person) for person in people.train + people.validation}
+    assert not pool & met, "labelled people of training are no fresh attack"
+    assert len(pool) == len(data.train) - len(met)
+
+
+def test_gumbel_starts_from_the_best_of_its_random_prompts(target, monkeypatch):
+    phis = []
+    start = faircon.Adversary.start
+
+    def see(adversary, phi):
+        phis.append(phi.clone())
+        start(adversary, phi)
+    monkeypatch.setattr(faircon.Adversary, "start", see)
+    prompt = attacks.gumbel(target, 5, 12, generator())
+    g = phis[-1].argmax(-1).tolist()
+    assert target.gap(g) == prompt.start
 
 
 def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):

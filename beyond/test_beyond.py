@@ -304,6 +304,9 @@ def test_each_model_is_trained_with_its_own_options(full):
     for key in ("fine-tuned", "cda"):
         options = rows[key]["options"]
         assert (options["lam"], options["adversaries"]) == (0., 0)
+        assert options["clean"] and not options["rows"], "the task alone"
+    whole = rows["fine-tuned"]["options"]["batch_size"]
+    assert rows["cda"]["options"]["batch_size"] == 2 * whole, "as many steps"
     assert len(rows["cda"]["history"]) == 3
 
 
@@ -968,6 +971,14 @@ def test_help_is_fast_and_explains_every_flag():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     for action in train.parser()._actions:
         assert action.help, f"{action.option_strings} is not explained"
+
+
+def test_the_spread_over_seeds_is_the_samples():
+    """n - 1, or two seeds would look calmer than they are."""
+    rows = [{"key": "a", "gap": 1.}, {"key": "a", "gap": 3.}, {"key": "b", "gap": 5.}]
+    found = report.summary(rows)
+    assert found["a"]["gap"] == [2., pytest.approx(2 ** .5)]
+    assert found["b"]["gap"] == [5., 0.]
 
 
 def test_each_kind_of_run_has_a_folder_of_its_own():
