@@ -182,19 +182,17 @@ def rounds(args, plt):
     """The distance of Eq. (3) under phi's prompts, before and after phi's steps."""
     rows = results_of(args.run)["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for k, row in enumerate(rows_by_key(rows, ["faircon"]).get("faircon", ())):
-        x, y = [], []
+    labels = ["phi's first and last step", "theta's steps of the round, mean"]
+    for row in rows_by_key(rows, ["faircon"]).get("faircon", ()):
         for record in row["history"]:
-            x += [record["round"], record["round"] + .45]
-            y += record["phi"]
-        axes.plot(x, y, color="C3", alpha=.6, lw=1.2,
-                  label="phi's first and last step" if k == 0 else None)
-        clean = [record["distance"] for record in row["history"]]
-        axes.plot([record["round"] + .7 for record in row["history"]], clean, "o",
-                  color="C0", alpha=.6, ms=3,
-                  label="in theta's steps of the round" if k == 0 else None)
-    axes.set(xlabel="round of the game (a curve a seed)", yscale="log",
-             ylabel="|| f(g, x_m) - f(g, x_f) ||, training rows")
+            n = record["round"]
+            axes.plot([n, n + .4], record["phi"], color="C3", alpha=.6, lw=1.4,
+                      label=labels[0])
+            axes.plot(n + .65, record["distance"], "o", color="C0", alpha=.6, ms=3,
+                      label=labels[1])
+            labels = [None, None]
+    axes.set(xlabel="round of the game", yscale="log",
+             ylabel="distance of Eq. (3), training rows")
     axes.legend(fontsize=8)
     return figure
 
