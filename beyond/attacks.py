@@ -531,6 +531,31 @@ def show(rows, at_once=5):
             print(text)
 
 
+CONTROLS = {"gcg": "gcg, random gradient", "gumbel": "gumbel, no step"}
+
+
+def show_controls(rows):
+    """What a gradient is worth: an attack minus its control, and on how many seeds."""
+    keys = list(dict.fromkeys(row["key"] for row in rows))
+    print(f"\n{'gap above that of its control':<33}"
+          + "".join(f"{key:>11}" for key in keys[:5]))
+    for name in rows[0]["attacks"]:
+        kind, _, length = name.partition(", ")
+        control = f"{CONTROLS.get(kind)}, {length}"
+        if control not in rows[0]["attacks"]:
+            continue
+        text = f"{name:<33}"
+        for key in keys[:5]:
+            earned = []
+            for row in rows:
+                if row["key"] == key:
+                    both = row["attacks"][name], row["attacks"][control]
+                    earned.append(both[0]["gap"] - both[1]["gap"])
+            above = sum(x > 0 for x in earned)
+            text += f"{numpy.mean(earned):+7.3f} {above}/{len(earned)}"
+        print(text)
+
+
 LEGEND = """
 gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. b: labelled people
 at b_Pc, mean of {draws} draws; p_m - p_f is signed, above 0 men are favoured. full: as
@@ -582,6 +607,7 @@ def run(args):
     file = folder / ("attacks.json" if kind == "quick" else f"attacks-{kind}.json")
     write_json(file, {"config": config, "rows": rows})
     show(rows)
+    show_controls(rows)
     print(LEGEND.format(draws=size["draws"]))
     print(f"\nsaved in {file}, with every prompt")
 
