@@ -404,14 +404,14 @@ def asked(kind):
 
 def test_what_a_gradient_is_worth_is_the_difference_to_its_own_control(capsys):
     rows = []
-    for seed, gap in enumerate((.3, .1)):
+    for seed, gap in enumerate((.4, .1)):
         entries = {"gcg, 10 tokens": gap, "gcg, random gradient, 10 tokens": .2,
                    "gumbel, 10 tokens": .5, "gumbel, no step, 10 tokens": .1}
         found = {name: {"gap": value} for name, value in entries.items()}
         rows.append({"key": "faircon", "seed": seed, "attacks": found})
     attacks.show_controls(rows)
     heading, gcg, gumbel = capsys.readouterr().out.strip().splitlines()
-    assert gcg.split() == ["gcg,", "10", "tokens", "+0.000", "1/2"]
+    assert gcg.split() == ["gcg,", "10", "tokens", "+0.050", "1/2"]
     assert gumbel.split() == ["gumbel,", "10", "tokens", "+0.400", "2/2"]
 
 
