@@ -374,7 +374,7 @@ class Game:
         """A prompt of labelled training rows at b_Pc = 1 or -1, as token ids.
 
         Each row stands there as the sex that makes its label unfair: flipped, if need
-        be. The first one may be cut.
+        be. The first one may be cut; one may be of a person who is being asked about.
         """
         length, ids = self.some_length(), []
         favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men

@@ -363,7 +363,8 @@ def say_theta(model, config, key):
 
 def check_shares(args, processes):
     """InputError where torchrun's processes would not have equal shares of a batch."""
-    batch = given_options(args).get("batch_size", 10)
+    import faircon
+    batch = given_options(args).get("batch_size", faircon.Options.batch_size)
     unequal = batch % processes or args.rows % batch
     if processes > 1 and (unequal or args.paper or args.table != 3):
         raise InputError("with several processes batch_size must be a multiple of "

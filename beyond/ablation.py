@@ -31,11 +31,12 @@ class Written(faircon.Game):
     LLM".
     """
 
+    def start_phi(self):
+        super().start_phi()
+        length = self.options.prompt_length
+        self.texts = self.model.write(4, length, self.generator)     # in every round
+
     def unfair_rows(self):
-        if not hasattr(self, "texts") or self.written_in != self.done:
-            length = self.options.prompt_length
-            self.texts = self.model.write(4, length, self.generator)
-            self.written_in = self.done
         text = self.texts[self.rng.integers(len(self.texts))]
         return text[-self.some_length():]
 
