@@ -245,14 +245,13 @@ class Options:
     lam: float = 1.                # weight of the distance in Eq. (3)
     rounds: int = 12               # rounds of the game, each a pass over the rows  [10]
     batch_size: int = 10           # people in a step of theta and of phi            [9]
-    lr: float = 1e-3               # AdamW's, for theta                           [5e-4]
+    lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g; at most so many if `renew`        [10]
-    adversaries: int = 4           # distributions g_phi side by side                [1]
-    phi_steps: int = 4             # steps of each adversary in a round             [23]
+    adversaries: int = 1           # distributions g_phi side by side                [1]
+    phi_steps: int = 20            # of each adversary in a round, as many as theta [23]
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
-    samples: int = 2               # of the adversaries, in a step of theta          [1]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
     clean: bool = True             # theta also answers without any prompt       [False]
     around: bool = True            # g stands around the instruction            [False]
@@ -394,13 +393,13 @@ class Game:
         return [0., 1., part][self.rng.integers(3)]
 
     def prompts(self):
-        """What stands in front in one step of theta: samples of the adversaries.
+        """What stands in front in one step of theta: a sample of an adversary.
 
         NOT IN THE PAPER: and nothing, the prompt most used when the model is; and
         labelled rows, section 2's unfair few-shot prompts, which phi does not find.
         """
         prompts = [CLEAN] if self.options.clean else []
-        for _ in range(self.options.samples if self.adversaries else 0):
+        if self.adversaries:
             chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
             prompts.append(chosen.sample_ids())
         if self.options.rows:
@@ -501,7 +500,7 @@ def lesson():
     test = adult.sample(data.test, 40, 0., rng)
     show_people(model, people)
 
-    options = Options(rounds=4, prompt_length=30, adversaries=2, lr=3e-3)
+    options = Options(rounds=4, prompt_length=30, phi_steps=10)
     climb_once(model, people, options)
     gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
@@ -511,8 +510,7 @@ def lesson():
 def climb_once(model, people, options):
     """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, adversaries=1, prompt_length=20, phi_lr=2., rows=False,
-                      clean=False)
+    options = replace(options, prompt_length=20, phi_lr=2., rows=False, clean=False)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
     adversary, questions, means = game.adversaries[0], game.questions[:20], []

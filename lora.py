@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         return y + low @ self.B.to(x.dtype).T                     # + B A x: (..., out)
 
 
-def inject(model, r=8, alpha=16, dropout=0., seed=0):
+def inject(model, r=32, alpha=16, dropout=0., seed=0):
     """Freeze `model`, wrap every q_proj and v_proj -> the LoRALinear, layer by layer.
 
     A second call begins anew. InputError unless there is one of each in every layer.

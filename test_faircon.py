@@ -54,7 +54,6 @@ SMALL = {
     "around": False,
     "rows": False,
     "renew": False,
-    "samples": 1,
 }
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
                                 reason="the published Adult files are not there")
@@ -914,9 +913,6 @@ def test_theta_meets_fresh_samples_rows_and_nothing(model, data, clean, rows):
         assert len(prompts) == rows
         assert all("label:" in model.decode(g) or len(g) < 6 for g in prompts)
         assert faircon.CLEAN not in prompts
-        game.options.samples = 3
-        assert len(game.prompts()) == 3 + clean + rows
-        game.options.samples = 1
     assert len(set(seen)) == 20, "a prompt must be fresh"
     met = {which for which, *_ in seen}
     assert met == {0, 1}, "theta must meet every adversary"

@@ -34,11 +34,11 @@ from beyond.options import check_shots, enough, parser
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
     "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "renew": False, "samples": 1, "rows": False, "clean": False, "around": False,
+    "renew": False, "rows": False, "clean": False, "around": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
-QUICK = {"prompt_length": 100, "rounds": 6, "adversaries": 2}
+QUICK = {"prompt_length": 100, "rounds": 6}
 TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False, "clean": True}
 MODELS = {
     "always-0": ('always "0"', None),
@@ -112,7 +112,7 @@ def options_of(config, key):
         said = {name: v for name, v in said.items() if name not in TASK_ALONE}
     if key == "paper" and not config["paper"]:
         said = {name: v for name, v in said.items() if name == "lam"}
-    both = {"rank": 8, "alpha": 16., **own, **said}
+    both = {"rank": 32, "alpha": 16., **own, **said}
     rank, alpha = both.pop("rank"), both.pop("alpha")
     return faircon.Options(**both), rank, alpha
 

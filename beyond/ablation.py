@@ -59,7 +59,6 @@ VARIANTS = {
     "clean-alone": ("neither", faircon.Game, {"adversaries": 0, "rows": False}),
     "lam-0": ("the same prompts, lam = 0", faircon.Game, {"lam": 0.}),
     "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
-    "one-sample": ("one sample in a step", faircon.Game, {"samples": 1}),
     "written": ("texts of the model for rows", Written, {}),
     "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
     "in-front": ("prompts in front alone", faircon.Game, {"around": False}),

@@ -81,8 +81,7 @@ def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     people = adult.sample(data.train, 4 * batch_size, 0., numpy.random.default_rng(0))
     lora.inject(model.model, args.rank)
     options = faircon.Options(batch_size=batch_size, prompt_length=prompt_length,
-                              adversaries=1, samples=1, rows=False,
-                              renew=False)
+                              rows=False, renew=False)
     game = faircon.Game(model, people, options, seed=0)
     adversary, turn = game.adversaries[0], [0]
 
@@ -125,7 +124,7 @@ def main():
     parser.add_argument("--data", metavar="DIR")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rank", type=COUNT, default=8)
+    parser.add_argument("--rank", type=COUNT, default=32)
     parser.add_argument("--batch-size", type=COUNT, default=10)
     parser.add_argument("--prompt-length", type=COUNT, default=280)
     parser.add_argument("--shots", type=COUNT, nargs="*", default=[4, 16])

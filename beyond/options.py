@@ -61,7 +61,7 @@ GAME = {
     "lam": number(float, 0, 1e9), "rounds": COUNT, "batch_size": COUNT, "lr": POSITIVE,
     "prompt_length": COUNT, "adversaries": number(int, 0, 100),
     "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE,
-    "tau": POSITIVE, "renew": switch, "samples": COUNT,
+    "tau": POSITIVE, "renew": switch,
     "rows": switch, "clean": switch, "around": switch, "swa": SHARE,
     "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
@@ -139,7 +139,7 @@ def model(g):
     g.add_argument("--model", default="tiny",
                    help="directory or hub id of a causal language model with q_proj "
                    "and v_proj (tiny; paper EleutherAI/gpt-neo-1.3B)")
-    g.add_argument("--rank", type=COUNT, help="r of LoRA (8; paper 32, released 4)")
+    g.add_argument("--rank", type=COUNT, help="r of LoRA (32, the paper's; released 4)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the frozen weights")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
