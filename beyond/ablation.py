@@ -148,7 +148,7 @@ def main():
 
 def show(rows, seeds):
     columns = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "16 shots": "shots",
-               "climb": "climb", "tokens": "tokens"}
+               "climb": "climb", "texts": "texts", "gumbel": "gumbel"}
     print("\n" + " " * 28 + "".join(f"{name:>10}" for name in columns))
     for key, values in report.summary(rows).items():
         changed = next(row["changed"] for row in rows if row["key"] == key)
@@ -157,8 +157,9 @@ def show(rows, seeds):
             text += f"{report.cell(values.get(name), seeds):>10}"
         print(text)
     print("\nACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows "
-          "behind\n16 labelled people (over b_Pc), people searched one by one (both "
-          "directions), other\ntexts: beyond/attacks.py, `short`.")
+          "behind\n16 labelled people (any b_Pc), people searched one by one (both "
+          "directions), texts\n(random, written, sentences), tokens of a Gumbel search: "
+          "beyond/attacks.py, `short`.")
 
 
 if __name__ == "__main__":

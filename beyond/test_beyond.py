@@ -1025,7 +1025,7 @@ def test_every_number_and_every_picture(full, quick, here, monkeypatch, capsys):
     results = results_of(full[0])
     for k, row in enumerate(results["rows"]):
         row["budget"] = {"for men": [[1, 0, .1], [4, 0, .2 + k]]}
-    values = results["summary"]["faircon"]
+    values = {**results["summary"]["faircon"], "climb": [.1, .01], "gumbel": [.2, .01]}
     results["summary"] = {"b = -1": values, "b = 1": values, "lam-0": values,
                           "lam-1": values}
     for name in ("results", "attacks-climb"):
