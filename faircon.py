@@ -248,7 +248,7 @@ class Options:
     lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g; at most so many if `renew`        [10]
     adversaries: int = 1           # distributions g_phi side by side                [1]
-    phi_steps: int = 20            # of each adversary in a round, as many as theta [23]
+    phi_steps: int = 20            # in a round; as many as theta's                 [23]
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]

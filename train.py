@@ -333,7 +333,8 @@ def prepare(args):
         check_prompts(model, data, args, config)
     if args.table == 3 and not args.prompt_only:
         say_theta(model, config, list(models_of(args))[-1])
-    about = {"name": args.model, "sha256": runs.model_hash(model), "computed in": how}
+    about = {"name": args.model, "sha256": runs.model_hash(model), "computed in": how,
+             "small": model.small}
     depends_on = {"format": runs.FORMAT, "config": config, "data": data.sha256,
                   "model": about, "versions": runs.versions()}
     return depends_on, data
@@ -377,7 +378,7 @@ def run(args):
     depends_on, data = prepare(args)
     keys = models_of(args) if args.table == 3 else [f"table{args.table}"]
     seeds = range(args.seed, args.seed + args.seeds)
-    small = "a small model" in depends_on["model"]["computed in"]
+    small = depends_on["model"]["small"]
     alone = small and not runs.under_torchrun()        # a process needs one core alone
     workers = args.jobs or (runs.cores() if alone else 1)
     workers = min(workers, len(keys) * args.seeds)

@@ -146,8 +146,14 @@ def main():
     print(f"\nsaved in {folder}/results.json")
 
 
+LEGEND = """
+ACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows behind labelled
+people (any b_Pc), people searched one by one (both directions), texts (random, written,
+sentences), tokens of a Gumbel search: attacks.short."""
+
+
 def show(rows, seeds):
-    columns = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "16 shots": "shots",
+    columns = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "people": "shots",
                "climb": "climb", "texts": "texts", "gumbel": "gumbel"}
     print("\n" + " " * 28 + "".join(f"{name:>10}" for name in columns))
     for key, values in report.summary(rows).items():
@@ -156,10 +162,7 @@ def show(rows, seeds):
         for name in columns.values():
             text += f"{report.cell(values.get(name), seeds):>10}"
         print(text)
-    print("\nACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows "
-          "behind\n16 labelled people (any b_Pc), people searched one by one (both "
-          "directions), texts\n(random, written, sentences), tokens of a Gumbel search: "
-          "beyond/attacks.py, `short`.")
+    print(LEGEND)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """NOT IN THE PAPER: how unfair a finished model still is, behind prompts of others.
 
-The game trains theta behind its adversaries' random or searched tokens and behind
-labelled training rows at b_Pc = 1 and -1. Plain few-shot prompts at b = 1 and -1,
-random tokens and the Gumbel search are of the same kinds, with other people; a climb
-over people, other wording, GCG, the model's own texts and sentences are not.
+The game trains theta behind tokens that its own adversary searches and behind labelled
+training rows at b_Pc = 1 and -1. Plain few-shot prompts at b = 1 and -1, random tokens
+and the Gumbel search are of the same kinds, with other people; a climb over people,
+other wording, GCG, the model's own texts and sentences are not.
 
 Each search chooses its prompt on 64 validation people; test rows report it. The worst
 gap is the largest over prompts on those test rows: a lower bound for what a longer
@@ -602,7 +602,7 @@ def run(args):
     asked = {"kind": kind, "size": size, "data": args.data,
              "model_path": args.model_path, "device": args.device, "program": program}
     asked = json.loads(json.dumps(asked))                  # as it will be read back
-    small = "a small model" in str(results["model"].get("computed in"))
+    small = results["model"].get("small") is True
     workers = min(args.jobs or (cores() if small else 1), len(pairs))
     print(f"{asked['kind']} attacks on {len(pairs)} models, {workers} at a time")
     jobs = [(str(folder), key, seed, asked) for key, seed in pairs]

@@ -250,6 +250,7 @@ def load_model(name, dtype="auto", device="auto"):
         torch.set_num_threads(1)       # so that results do not depend on the cores
     kind = FastGPTNeo if config.model_type == "gpt_neo" else FastModel
     fast = kind(model.to(device).eval(), tokenizer)
+    fast.small = small                 # several of them can run side by side
     check(fast)
     threads = torch.get_num_threads()
     return fast, f"{dtype} ({why}) on {device} ({threads} thread{'s' * (threads > 1)})"
