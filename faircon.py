@@ -246,17 +246,17 @@ class Options:
     rounds: int = 12               # rounds of the game, each a pass over the rows  [10]
     batch_size: int = 10           # people in a step of theta and of phi            [9]
     lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
-    prompt_length: int = 560       # tokens of g; at most so many if `renew`        [10]
+    prompt_length: int = 560       # most tokens of g; phi's all, unless `renew`    [10]
     adversaries: int = 1           # distributions g_phi side by side                [1]
-    phi_steps: int = 20            # in a round; as many as theta's                 [23]
+    phi_steps: int = 20            # in a round; theta's: 200 rows / 10             [23]
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
     clean: bool = True             # theta also answers without any prompt       [False]
-    around: bool = True            # g stands around the instruction            [False]
+    around: bool = True            # g before, after or around the instruction  [False]
     swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
-    dropout: float = 0.            # on LoRA's input; twins get two masks         [0.01]
+    dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
 
 
 class Adversary:
@@ -338,8 +338,8 @@ class Game:
     def phi_half(self):
         """phi's turn, a few steps towards the argmax of Eq. (3), or the min of Eq. (4).
 
-        -> [mean distance at the adversaries' first step, at their last], each step with
-        other people
+        -> [mean distance at the first step, at the last]; each step has other people,
+        so that the two differ by these as well
         """
         self.start_phi()
         first, last = [], []

@@ -5,7 +5,7 @@
     python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
     python train.py --paper                 every option as in the paper
 
-    Table 3's models     what is trained, on what
+    Table 3's models     what is trained, on what          options, or meaning
     always-0             nothing: the answer is 0          constant
     not-trained          nothing                           the model as it is
     fine-tuned           theta, on the task alone          lam = 0, no phi
@@ -97,6 +97,7 @@ load_data_once = functools.lru_cache(1)(adult.load)
 def options_of(config, key):
     """One model's options: the defaults, its own, then what the user may change.
 
+        model              its own       what the user may change
         fine-tuned, cda    TASK_ALONE    all but TASK_ALONE's
         paper              PAPER         lam (with --paper: all)
         faircon            none          all

@@ -55,7 +55,7 @@ VARIANTS = {
     "faircon": ("", faircon.Game, {}),
     "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
     "no-adversary": ("no adversary: rows alone", faircon.Game, {"adversaries": 0}),
-    "no-rows": ("no rows: adversaries alone", faircon.Game, {"rows": False}),
+    "no-rows": ("no rows: the adversary alone", faircon.Game, {"rows": False}),
     "clean-alone": ("neither", faircon.Game, {"adversaries": 0, "rows": False}),
     "lam-0": ("the same prompts, lam = 0", faircon.Game, {"lam": 0.}),
     "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
