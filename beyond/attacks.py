@@ -602,8 +602,8 @@ def run(args):
     asked = {"kind": kind, "size": size, "data": args.data,
              "model_path": args.model_path, "device": args.device, "program": program}
     asked = json.loads(json.dumps(asked))                  # as it will be read back
-    small = results["model"].get("small") is True
-    workers = min(args.jobs or (cores() if small else 1), len(pairs))
+    at_once = cores() if results["model"].get("small") else 1
+    workers = min(args.jobs or at_once, len(pairs))
     print(f"{asked['kind']} attacks on {len(pairs)} models, {workers} at a time")
     jobs = [(str(folder), key, seed, asked) for key, seed in pairs]
     rows = run_jobs(attack_model, jobs, workers)

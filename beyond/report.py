@@ -222,15 +222,21 @@ def lam(args, plt):
 
 def budget(args, plt):
     """How the gap behind searched people grows with the search."""
+    import numpy
     rows = results_of(args.run, "attacks-climb.json")["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
     keys = dict.fromkeys(row["key"] for row in rows)
     for colour, key in enumerate(keys):
+        gaps = []
         for k, row in enumerate(rows_by_key(rows, [key])[key]):
             worst = max(row["budget"].values(), key=lambda curve: curve[-1][2])
-            axes.plot([step[0] for step in worst], [step[2] for step in worst],
-                      color=f"C{colour}", marker="o", ms=3, alpha=.7,
+            tried = [step[0] for step in worst]
+            gaps.append([step[2] for step in worst])
+            axes.plot(tried, gaps[-1], color=f"C{colour}", marker="o", ms=3, alpha=.7,
                       label=key if k == 0 else None)
+        mean, spread = numpy.mean(gaps, 0), numpy.std(gaps, 0, ddof=len(gaps) > 1)
+        for n, values in zip(tried, zip(mean, spread)):
+            print(f"{key:<14}{n:>6} prompts: gap {cell(values, len(gaps))}")
     axes.set(xlabel="prompts tried", xscale="log", ylim=(0, None),
              ylabel="gap on test rows, worse direction")
     axes.legend(fontsize=8)

@@ -1035,6 +1035,7 @@ def test_every_number_and_every_picture(full, quick, here, monkeypatch, capsys):
         report.main()
         assert pathlib.Path("a.png").read_bytes().startswith(b"\x89PNG"), what
         pathlib.Path("a.png").unlink()
+    assert "4 prompts: gap .200\n" in capsys.readouterr().out, "the budget's curve"
     monkeypatch.setattr(sys, "argv", ["report", "figure2", "--out", "no/where.png"])
     with pytest.raises(InputError, match="cannot be drawn"):
         report.main()
