@@ -125,29 +125,20 @@ class LanguageModel:
 
     # ---- the forward pass
 
-    def prefix(self, g=CLEAN, context=adult.INSTRUCTION, after=0.):
+    def prefix(self, g=CLEAN, context=adult.INSTRUCTION):
         """Embeddings (P, D) of what stands before the question:
 
-            BOS   front of g   newline   context   end of g   newline
+            BOS   g   newline   context
 
         g: CLEAN, token ids, or one-hot rows (L, V) that carry a gradient.
         context: the instruction, or a few-shot prompt, which begins with it.
-        after: the share of g that stands after the context.
         """
         context = self.embed[self.ids(context)]
         bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
         if g is CLEAN:
             return torch.cat([bos, context])
         g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[g]
-        newline = self.embed[self.ids("\n")]
-        front = len(g) - round(after * len(g))
-        parts = [bos]
-        if front > 0:
-            parts += [g[:front], newline]
-        parts.append(context)
-        if front < len(g):
-            parts += [g[front:], newline]
-        return torch.cat(parts)
+        return torch.cat([bos, g, self.embed[self.ids("\n")], context])
 
     def __call__(self, prefix, questions):
         """-> float32 logits (2, B, V) at the answer; twin 0 is the man. InputError."""
@@ -254,7 +245,6 @@ class Options:
     renew: bool = True             # phi begins anew in each round              [False]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
     clean: bool = True             # theta also answers without any prompt       [False]
-    around: bool = True            # g before, after or around the instruction  [False]
     swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
     dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
 
@@ -291,12 +281,12 @@ class Adversary:
         """The most probable token of each place: what phi stands for, without luck."""
         return (self.phi + self.model.mask).argmax(-1).tolist()
 
-    def step(self, questions, after=0.):
+    def step(self, questions):
         """One step of phi up (sign +1) or down (-1) the distance, theta frozen.
 
         -> the distance before it
         """
-        prefix = self.model.prefix(self.sample(), after=after)
+        prefix = self.model.prefix(self.sample())
         d = distance(self.model(prefix, questions))
         loss = -self.sign * d
         gradient, = torch.autograd.grad(loss, self.phi)
@@ -347,7 +337,7 @@ class Game:
             distances = []
             for batch in self.batches(self.options.phi_steps):
                 questions = [self.questions[i] for i in batch]
-                distances.append(adversary.step(questions, self.share_after()))
+                distances.append(adversary.step(questions))
             first += distances[:1]
             last += distances[-1:]
         return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
@@ -367,7 +357,7 @@ class Game:
         most = self.options.prompt_length
         if self.rng.random() < .5:
             return int(self.rng.integers(1, most + 1))
-        return max(1, round(most ** self.rng.random()))
+        return round(most ** self.rng.random())
 
     def unfair_rows(self):
         """A prompt of labelled training rows at b_Pc = 1 or -1, as token ids.
@@ -384,13 +374,6 @@ class Game:
                 person = adult.flipped(person)
             ids += self.model.ids(adult.shot(person))
         return ids[-length:]
-
-    def share_after(self):
-        """How much of a prompt stands after the instruction: none, all, or a part."""
-        if not self.options.around:
-            return 0.
-        part = self.rng.random()
-        return [0., 1., part][self.rng.integers(3)]
 
     def prompts(self):
         """What stands in front in one step of theta: a sample of an adversary.
@@ -419,8 +402,7 @@ class Game:
         lora.train(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            prefix = self.model.prefix(g, after=self.share_after())
-            logits = self.model(prefix, questions)                           # (2, B, V)
+            logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
             t = task(logits, people, self.model.answers)
             d = distance(logits)
             loss = t + self.options.lam * d                                  # Eq. (3)

@@ -51,7 +51,6 @@ SMALL = {
     "adversaries": 2,
     "phi_steps": 2,
     "phi_lr": .3,
-    "around": False,
     "rows": False,
     "renew": False,
 }
@@ -459,13 +458,9 @@ def test_f_theta_is_the_models_answer_to_the_whole_text(model, data):
     g = model.usable[5:12]
     instruction = encode(model, adult.INSTRUCTION)
     newline = encode(model, "\n")
-    line = g + newline
-    around = g[:3] + newline + instruction + g[3:] + newline
     cases = [
         (model.prefix(), instruction),
-        (model.prefix(g), line + instruction),
-        (model.prefix(g, after=1.), instruction + line),
-        (model.prefix(g, after=.5), around),
+        (model.prefix(g), g + newline + instruction),
         (model.prefix(context=shots), encode(model, shots)),
     ]
     for prefix, before in cases:
@@ -853,31 +848,6 @@ def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
     assert len(met) == len(known), "everybody stands in some prompt"
 
 
-@pytest.mark.parametrize("around", [False, True])
-def test_a_prompt_stands_before_after_or_around_the_instruction(model, data, around):
-    game = game_of(model, people_of(data, 4), around=around)
-    shares = [game.share_after() for _ in range(60)]
-    if around:
-        assert {0., 1.} < set(shares), "before, after, and parts of it"
-        assert len(set(shares)) > 10
-    else:
-        assert set(shares) == {0.}
-
-
-@pytest.mark.parametrize("half", ["phi", "theta"])
-def test_both_halves_place_their_prompts(model, data, monkeypatch, half):
-    game = game_of(model, people_of(data, 4))
-    monkeypatch.setattr(game, "share_after", lambda: .25)
-    seen, prefix = [], model.prefix
-
-    def see(*given, **named):
-        seen.append(named.get("after"))
-        return prefix(*given, **named)
-    monkeypatch.setattr(model, "prefix", see)
-    game.phi_half() if half == "phi" else game.theta_step(range(4))
-    assert seen and set(seen) == {.25}
-
-
 # ------------------------------------------------------------------ theta, Eq. (3)
 
 def test_batches_are_passes_over_everybody(model, data):
@@ -1035,7 +1005,7 @@ def test_state_and_restore_go_on_bit_for_bit(model, data, renew):
     people = people_of(data, 8)
     file = io.BytesIO()
     given = {**SMALL, "swa": 1., "renew": renew, "dropout": .3}
-    given.update(around=True, rows=True)
+    given.update(rows=True)
     torch.manual_seed(0)
     game = game_of(model, people, **given)
     game.round()

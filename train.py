@@ -14,7 +14,7 @@
     faircon              theta and phi, Eq. (3)            faircon.Options
 
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
-released code trains and measures on the same 200. Here: adult.split.
+released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from beyond.options import check_shots, enough, parser
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
     "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "renew": False, "rows": False, "clean": False, "around": False,
+    "renew": False, "rows": False, "clean": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
@@ -47,7 +47,7 @@ MODELS = {
     "cda": ("both twins (CDA)", TASK_ALONE),
     "paper": ("FairCon, as the paper", PAPER),
     "faircon": ("FairCon", {})}
-FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "around": False, "renew": False,
+FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "renew": False,
                "phi_steps": 20, "phi_lr": .3}
 EQUATION_4 = {
     "not-trained": ("no prompt", None),

@@ -56,18 +56,13 @@ VARIANTS = {
     "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
     "no-adversary": ("no adversary: rows alone", faircon.Game, {"adversaries": 0}),
     "no-rows": ("no rows: the adversary alone", faircon.Game, {"rows": False}),
-    "clean-alone": ("neither", faircon.Game, {"adversaries": 0, "rows": False}),
-    "lam-0": ("the same prompts, lam = 0", faircon.Game, {"lam": 0.}),
     "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
     "written": ("texts of the model for rows", Written, {}),
     "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
-    "in-front": ("prompts in front alone", faircon.Game, {"around": False}),
     "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
-    "prompts-280": ("prompts up to 280 tokens", faircon.Game, {"prompt_length": 280}),
-    "no-swa": ("the last weights", faircon.Game, {"swa": 0.}),
     "no-sex": ("sex left out of the text", faircon.Game,
                {"adversaries": 0, "rows": False, "lam": 0.})}
-LAMS = (0., .1, .3, 1., 3., 10.)
+LAMS = (0., .1, 1., 10.)
 
 
 def variants_of(args):

@@ -79,7 +79,7 @@ class Planted:
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
 
-    def prefix(self, g, after=0.):
+    def prefix(self, g):
         if torch.is_tensor(g):
             return g                                                     # (L, V)
         return self.embed[g]
