@@ -784,7 +784,7 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
 
 @pytest.mark.parametrize("renew", [False, True])
 def test_phi_goes_on_or_begins_anew_at_a_length_of_its_own(model, data, renew):
-    game = game_of(model, people_of(data, 8), renew=renew, prompt_length=200)
+    game = game_of(model, people_of(data, 8), renew=renew, prompt_length=60)
     sizes = set()
     steps = []
     moved = []
@@ -801,10 +801,10 @@ def test_phi_goes_on_or_begins_anew_at_a_length_of_its_own(model, data, renew):
     if renew:
         assert steps == [2] * 6, "Adam must begin anew"
         assert len(sizes) > 3
-        assert max(sizes) <= 200
+        assert max(sizes) <= 60
     else:
         assert steps == [2, 4, 6, 8, 10, 12], "forgotten"
-        assert sizes == {200}, "forgotten"
+        assert sizes == {60}, "forgotten"
         assert max(moved) < 3 * game.options.phi_lr, "phi goes on where it was"
 
 

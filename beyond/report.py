@@ -5,7 +5,7 @@
     python -m beyond.report table1 runs/NAME          a run of train.py --table 1
     python -m beyond.report rounds runs/NAME          the game, round by round
     python -m beyond.report lam runs/NAME             beyond.ablation --lam-curve
-    python -m beyond.report budget runs/NAME          beyond.attacks --only climb
+    python -m beyond.report budget runs/NAME          beyond.attacks --full
     python -m beyond.report table runs/NAME           every number of a run, over seeds
 
 A picture goes to figures/NAME.png, or to --out; it needs matplotlib.
@@ -223,7 +223,7 @@ def lam(args, plt):
 def budget(args, plt):
     """How the gap behind searched people grows with the search."""
     import numpy
-    rows = results_of(args.run, "attacks-climb.json")["rows"]
+    rows = results_of(args.run, "attacks-full.json")["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
     keys = dict.fromkeys(row["key"] for row in rows)
     for colour, key in enumerate(keys):

@@ -392,6 +392,7 @@ def asked(kind):
         "draws": 1,
         "lengths": [6],                                      # lists, as in JSON
         "climbs": [["behind", "few", 4]],
+        "only": "g",                                         # gcg, gumbel, controls
     }
     return {
         "kind": kind,

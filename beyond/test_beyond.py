@@ -1028,7 +1028,7 @@ def test_every_number_and_every_picture(full, quick, here, monkeypatch, capsys):
     values = {**results["summary"]["faircon"], "climb": [.1, .01], "gumbel": [.2, .01]}
     results["summary"] = {"b = -1": values, "b = 1": values, "lam-0": values,
                           "lam-1": values}
-    for name in ("results", "attacks-climb"):
+    for name in ("results", "attacks-full"):
         runs.write_json(f"made/{name}.json", results)
     for what in ("figure2", "table1", "rounds", "lam", "budget"):
         monkeypatch.setattr(sys, "argv", ["report", what, "made", "--out", "a.png"])
