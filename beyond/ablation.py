@@ -19,7 +19,7 @@ import train
 from adult import InputError
 from beyond import attacks, report, runs
 from beyond.fast import load_model
-from beyond.options import COUNT, folder_name
+from beyond.options import COUNT, enough, folder_name
 
 DEFAULT = faircon.Options()
 
@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--only", nargs="+", metavar="VARIANT")
     parser.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
-    parser.add_argument("--test-rows", type=COUNT, default=1000)
+    parser.add_argument("--test-rows", type=COUNT, help="1000, or as many as there are")
     parser.add_argument("--jobs", type=COUNT, default=runs.cores())
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--name", type=folder_name, default="ablation")
@@ -124,7 +124,8 @@ def main():
         variants[name] = [changed, game.__name__, options]
     data = adult.load(args.data)
     print(f"data    {data.source}")
-    config = {"data": args.data, "test_rows": args.test_rows, "variants": variants,
+    test_rows = args.test_rows or enough(data.test, .5, 1000)
+    config = {"data": args.data, "test_rows": test_rows, "variants": variants,
               "seed": args.seed, "seeds": args.seeds}
     depends_on = {"config": config, "data": data.sha256}
     seeds = range(args.seed, args.seed + args.seeds)

@@ -1067,6 +1067,23 @@ def test_ablation_trains_the_game_that_a_variant_names(here, monkeypatch):
         assert set(changed) <= set(faircon.Options.__dataclass_fields__)
 
 
+def test_ablation_takes_as_many_test_rows_as_there_are(here, monkeypatch):
+    jobs = []
+
+    def no_work(work, asked, workers):
+        jobs.extend(asked)
+        return [[{"key": "no-sex", "seed": 0, "changed": "", "gap": 0.}]]
+    monkeypatch.setattr(runs, "run_jobs", no_work)
+    for more in ([], ["--test-rows", "24"]):
+        words = ["ablation", "--data", str(adult.TINY), "--only", "no-sex", *more]
+        monkeypatch.setattr(sys, "argv", words)
+        ablation.main()
+    data = adult.load(adult.TINY)
+    for (config, *_), rows in zip(jobs, (options.enough(data.test, .5, 1000), 24)):
+        assert config["test_rows"] == rows
+        adult.split(data, 200, .5, rows, 0)                      # no InputError
+
+
 # ------------------------------------------------------------------ the lessons
 
 @pytest.mark.parametrize("name", LESSONS)
