@@ -238,7 +238,7 @@ def budget(args, plt):
         for n, values in zip(tried, zip(mean, spread)):
             print(f"{key:<14}{n:>6} prompts: gap {cell(values, len(gaps))}")
     axes.set(xlabel="prompts tried", xscale="log", ylim=(0, None),
-             ylabel="gap on test rows, worse direction")
+             ylabel="gap on test rows, climb that ends worst")
     axes.legend(fontsize=8)
     return figure
 

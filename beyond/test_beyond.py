@@ -1078,6 +1078,7 @@ def test_ablation_takes_as_many_test_rows_as_there_are(here, monkeypatch):
         words = ["ablation", "--data", str(adult.TINY), "--only", "no-sex", *more]
         monkeypatch.setattr(sys, "argv", words)
         ablation.main()
+    assert len(jobs) == 2
     data = adult.load(adult.TINY)
     for (config, *_), rows in zip(jobs, (options.enough(data.test, .5, 1000), 24)):
         assert config["test_rows"] == rows
