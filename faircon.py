@@ -6,7 +6,7 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    next-token distribution at the answer (its logits)  LanguageModel
+    f_theta    what the model says at the answer: its log-odds     LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -18,9 +18,9 @@ PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. Eq. (4) is calle
 part" of Eq. (3); that part maximises, Eq. (4) minimises: Adversary.sign. "ADMM" is
 plain alternation; there is no dual variable.
 PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
-released, raw logits. Here probabilities: where the two answers hold nearly all of it,
-the distance bounds |p_m - p_f|, the gap of the tables. The released step of theta has
-no distance and no lam in it.
+released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
+p(0): four times the gap of the tables is never above their distance. The released step
+of theta has no distance and no lam in it.
 
     python faircon.py      # the game on forty people, step by step
 """
@@ -212,13 +212,18 @@ def task(logits, people, answers):
     return F.cross_entropy(own, answers[y])
 
 
-def distance(logits):
+def distance(logits, answers, log_odds=True):
     """Mean over people of || f(g, x_m) - f(g, x_f) ||_2, Eq. (3); logits (2, B, V).
 
+    f: log-odds of the two answers, one number; or the probabilities of all tokens,
+    which hardly differ where the model is sure, however far apart its log-odds are.
     1e-8 keeps the root differentiable where twins agree.
     """
-    p = logits.softmax(-1)
-    return ((p[0] - p[1]).pow(2).sum(-1) + 1e-8).sqrt().mean()
+    if log_odds:
+        f = logits[..., answers[1:]] - logits[..., answers[:1]]              # (2, B, 1)
+    else:
+        f = logits.softmax(-1)                                               # (2, B, V)
+    return ((f[0] - f[1]).pow(2).sum(-1) + 1e-8).sqrt().mean()
 
 
 def measure(model, people, g=CLEAN, context=adult.INSTRUCTION,
@@ -234,7 +239,7 @@ def measure(model, people, g=CLEAN, context=adult.INSTRUCTION,
 class Options:
     """The game's settings; in brackets what the paper, else its released code, has."""
     lam: float = 1.                # weight of the distance in Eq. (3)
-    rounds: int = 12               # rounds of the game, each a pass over the rows  [10]
+    rounds: int = 16               # rounds of the game, each a pass over the rows  [10]
     batch_size: int = 10           # people in a step of theta and of phi            [9]
     lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g; at most, where lengths are drawn  [10]
@@ -244,8 +249,8 @@ class Options:
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
-    clean: bool = True             # theta also answers without any prompt       [False]
-    swa: float = .4                # last share of the rounds that SWA averages; 4 of 12
+    log_odds: bool = True          # f_theta: log-odds of the answer, else probabilities
+    swa: float = .4                # last share of the rounds that SWA averages; 6 of 16
     dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
 
 
@@ -287,7 +292,8 @@ class Adversary:
         -> the distance before it
         """
         prefix = self.model.prefix(self.sample())
-        d = distance(self.model(prefix, questions))
+        logits = self.model(prefix, questions)                           # (2, B, V)
+        d = distance(logits, self.model.answers, self.options.log_odds)
         loss = -self.sign * d
         gradient, = torch.autograd.grad(loss, self.phi)
         self.phi.grad = average_over_processes(gradient)
@@ -301,9 +307,6 @@ class Game:
     """The alternating loop of section 3.1 (Figure 2)."""
 
     def __init__(self, model, people, options, seed, sign=1):
-        if not (options.clean or options.rows or options.adversaries):
-            raise InputError("theta would meet no prompt at all; set clean=true, "
-                             "rows=true, or at least one adversary.")
         self.model, self.people, self.options = model, people, options
         self.questions = model.questions(people)
         self.done = 0                                                 # rounds played
@@ -378,16 +381,16 @@ class Game:
     def prompts(self):
         """What stands in front in one step of theta: a sample of an adversary.
 
-        NOT IN THE PAPER: and nothing, the prompt most used when the model is; and
-        labelled rows, section 2's unfair few-shot prompts, which phi does not find.
+        NOT IN THE PAPER: and labelled rows, section 2's unfair few-shot prompts, which
+        phi does not find. With neither, nothing stands there.
         """
-        prompts = [CLEAN] if self.options.clean else []
+        prompts = []
         if self.adversaries:
             chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
             prompts.append(chosen.sample_ids())
         if self.options.rows:
             prompts.append(self.unfair_rows())
-        return prompts
+        return prompts or [CLEAN]
 
     def theta_step(self, batch):
         """One step of theta down Eq. (3), phi frozen -> task and distance before it.
@@ -404,7 +407,7 @@ class Game:
         for g in prompts:
             logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
             t = task(logits, people, self.model.answers)
-            d = distance(logits)
+            d = distance(logits, self.model.answers, self.options.log_odds)
             loss = t + self.options.lam * d                                  # Eq. (3)
             (loss / len(prompts)).backward()
             terms += torch.stack([t, d]).detach().cpu() / len(prompts)
@@ -486,13 +489,13 @@ def lesson():
     climb_once(model, people, options)
     gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
-    print("\nnow try: lam = 0.1; then clean=False. Which leaves a larger gap?")
+    print("\nnow try: lam = 0.1; then rows=False. Which leaves a larger gap?")
 
 
 def climb_once(model, people, options):
     """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, prompt_length=20, phi_lr=2., rows=False, clean=False)
+    options = replace(options, prompt_length=20, phi_lr=2., rows=False)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
     adversary, questions, means = game.adversaries[0], game.questions[:20], []
@@ -515,7 +518,7 @@ def mean_distance(adversary, questions, samples=6):
     model, seen = adversary.model, []
     for _ in range(samples):
         logits = model(model.prefix(adversary.sample()), questions)
-        seen.append(distance(logits).item())
+        seen.append(distance(logits, model.answers).item())
     return numpy.mean(seen)
 
 

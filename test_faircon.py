@@ -600,14 +600,31 @@ def test_distance_is_the_mean_of_unsquared_norms():
     logits = torch.randn(2, 4, 9, generator=seeded(0))
     men, women = logits.softmax(-1).tolist()
     norms = [math.dist(p_m, p_f) for p_m, p_f in zip(men, women)]
-    found = faircon.distance(logits).item()
+    answers = torch.tensor([3, 5])
+    found = faircon.distance(logits, answers, log_odds=False).item()
     assert found == pytest.approx(sum(norms) / 4, abs=1e-5)
-    twins = logits[:1].expand(2, -1, -1).clone()
+
+
+def test_distance_of_log_odds_bounds_the_gap():
+    answers = torch.tensor([3, 5])
+    for scale in (.1, 1., 9.):
+        logits = scale * torch.randn(2, 4, 9, generator=seeded(0))
+        p = logits.softmax(-1).double()[..., answers]                    # (2, 4, 2)
+        odds = (p[..., 1] / p[..., 0]).log()
+        found = faircon.distance(logits, answers).item()
+        assert found == pytest.approx((odds[0] - odds[1]).abs().mean().item(), abs=1e-4)
+        p_yes = p[..., 1] / p.sum(-1)                # as LanguageModel.p_yes has it
+        assert (p_yes[0] - p_yes[1]).abs().mean() <= found / 4 + 1e-6
+
+
+@pytest.mark.parametrize("log_odds", [True, False])
+def test_distance_has_a_slope_where_twins_agree(log_odds):
+    twins = torch.randn(1, 4, 9, generator=seeded(0)).expand(2, -1, -1).clone()
     twins.requires_grad_()
-    distance = faircon.distance(twins)
+    distance = faircon.distance(twins, torch.tensor([3, 5]), log_odds)
     distance.backward()
-    assert distance < 2e-4, "no slope where twins agree"
-    assert twins.grad.isfinite().all(), "no slope where twins agree"
+    assert distance < 2e-4
+    assert twins.grad.isfinite().all()
 
 
 def test_task_reads_the_twin_that_is_the_person(data):
@@ -681,18 +698,18 @@ def upward(adversary, questions):
     sample = F.one_hot(scores.argmax(-1), scores.shape[1])
     sample = sample.float().requires_grad_()
     logits = model(model.prefix(sample), questions)
-    p_m, p_f = logits.softmax(-1)                                        # (B, V)
-    unfair = (p_m - p_f).norm(dim=-1).mean()
+    f_m, f_f = outputs(model, logits, adversary.options.log_odds)        # (B, K)
+    unfair = (f_m - f_f).norm(dim=-1).mean()
     slope, = torch.autograd.grad(unfair, sample)
     sigma = (scores / tau).softmax(-1)
     mean = (sigma * slope).sum(-1, keepdim=True)
     return sigma * (slope - mean) / tau
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
+@pytest.mark.parametrize("sign, log_odds", [(1, True), (-1, True), (1, False)])
+def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign, log_odds):
     """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4)."""
-    game = game_of(model, people_of(data, 4), tau=.7)
+    game = game_of(model, people_of(data, 4), tau=.7, log_odds=log_odds)
     shake(game.theta)
     adversary = faircon.Adversary(model, game.options, game.generator, sign)
     weights = copies(model.model.state_dict().values())
@@ -864,39 +881,49 @@ def test_batches_are_passes_over_everybody(model, data):
     assert len(orders) == 3, "every pass has its own order"
 
 
-@pytest.mark.parametrize("clean, rows", [(True, False), (False, True), (True, True)])
-def test_theta_meets_fresh_samples_rows_and_nothing(model, data, clean, rows):
-    game = game_of(model, people_of(data, 4), clean=clean, rows=rows)
+@pytest.mark.parametrize("rows", [True, False])
+def test_theta_meets_fresh_samples_and_rows(model, data, rows):
+    game = game_of(model, people_of(data, 4), rows=rows)
     seen = []
     for _ in range(20):
         drawn = []
         for adversary in game.adversaries:
             tokens = next_scores(adversary).argmax(-1)
             drawn.append(tokens.tolist())
-        prompts = game.prompts()
-        if clean:
-            assert prompts.pop(0) == faircon.CLEAN
-        g = prompts.pop(0)
+        g, *others = game.prompts()
         assert g in drawn, "not the adversary's own draw"
         which = drawn.index(g)
         seen.append((which, *g))
-        assert len(prompts) == rows
-        assert all("label:" in model.decode(g) or len(g) < 6 for g in prompts)
-        assert faircon.CLEAN not in prompts
+        assert len(others) == rows
+        assert all("label:" in model.decode(g) or len(g) < 6 for g in others)
     assert len(set(seen)) == 20, "a prompt must be fresh"
     met = {which for which, *_ in seen}
     assert met == {0, 1}, "theta must meet every adversary"
 
 
-def equation_3(model, people, prompts, lam):
+def test_theta_meets_nothing_where_there_are_no_prompts(model, data):
+    game = game_of(model, people_of(data, 4), adversaries=0, rows=False)
+    assert game.prompts() == [faircon.CLEAN]
+
+
+def outputs(model, logits, log_odds):
+    """f_theta (2, B, K) of Eq. (3)."""
+    if not log_odds:
+        return logits.softmax(-1)
+    no, yes = model.answers
+    p = logits.softmax(-1)
+    return (p[..., yes] / p[..., no]).log()[..., None]
+
+
+def equation_3(model, people, prompts, lam, log_odds=True):
     """Mean over the prompts of task + lam * distance, and its two terms."""
     tasks = []
     distances = []
     for g in prompts:
         logits = model(model.prefix(g), model.questions(people))
+        f = outputs(model, logits, log_odds)
+        distances.append((f[0] - f[1]).norm(dim=-1).mean())
         p = logits.softmax(-1)                                           # (2, B, V)
-        apart = (p[0] - p[1]).norm(dim=-1)
-        distances.append(apart.mean())
         for i, person in enumerate(people):
             answer = model.answers[person.y]
             tasks.append(-p[person.s, i, answer].log())
@@ -909,16 +936,16 @@ def do_not_clip(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
 
 
-@pytest.mark.parametrize("lam", [0., 2.])
-def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
+@pytest.mark.parametrize("lam, log_odds", [(0., True), (2., True), (2., False)])
+def test_theta_steps_down_eq_3(model, data, lam, log_odds, monkeypatch):
     """Every prompt weighs the same, and lam counts in full from the first step."""
     do_not_clip(monkeypatch)
     people = people_of(data, 8)
     prompts = [faircon.CLEAN, model.usable[:6]]
-    game = game_of(model, people, lam=lam, lr=1e-3)
+    game = game_of(model, people, lam=lam, lr=1e-3, log_odds=log_odds)
     shake(game.theta)
     game.prompts = lambda: prompts
-    loss, terms = equation_3(model, people[2:6], prompts, lam)
+    loss, terms = equation_3(model, people[2:6], prompts, lam, log_odds)
     gradients = torch.autograd.grad(loss, game.theta)
     before = copies(game.theta)
     assert game.theta_step(range(2, 6)) == pytest.approx(terms, rel=.01)

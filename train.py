@@ -34,12 +34,12 @@ from beyond.options import check_shots, enough, parser
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
     "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "renew": False, "rows": False, "clean": False,
+    "renew": False, "rows": False, "log_odds": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9.
 QUICK = {"prompt_length": 100, "rounds": 6}
-TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False, "clean": True}
+TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False}
 MODELS = {
     "always-0": ('always "0"', None),
     "not-trained": ("not trained", None),

@@ -59,7 +59,7 @@ VARIANTS = {
     "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
     "written": ("texts of the model for rows", Written, {}),
     "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
-    "no-clean": ("never without a prompt", faircon.Game, {"clean": False}),
+    "probabilities": ("f_theta: probabilities", faircon.Game, {"log_odds": False}),
     "no-sex": ("sex left out of the text", faircon.Game,
                {"adversaries": 0, "rows": False, "lam": 0.})}
 LAMS = (0., .1, 1., 10.)

@@ -62,7 +62,7 @@ GAME = {
     "prompt_length": COUNT, "adversaries": number(int, 0, 100),
     "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE,
     "tau": POSITIVE, "renew": switch,
-    "rows": switch, "clean": switch, "swa": SHARE,
+    "rows": switch, "log_odds": switch, "swa": SHARE,
     "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
 

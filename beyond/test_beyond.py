@@ -157,7 +157,8 @@ def test_fast_equals_plain_in_value_and_gradient(length):
         g = torch.nn.functional.one_hot(torch.tensor(model.usable)[ids], len(f.embed))
         g = g.float().requires_grad_()
         logits = f(f.prefix(g), questions)
-        loss = faircon.distance(logits) + faircon.task(logits, people, f.answers)
+        loss = (faircon.distance(logits, f.answers)
+                + faircon.task(logits, people, f.answers))
         gradients = torch.autograd.grad(loss, [g, *lora.theta(f.model)])
         results.append((logits, gradients))
     (ours, mine), (theirs, reference) = results
@@ -212,7 +213,7 @@ def test_check_refuses_a_model_that_is_read_wrongly(monkeypatch):
     monkeypatch.setattr(fast.FastModel, "logits", lambda self, x: 1.01 * right(self, x))
     with pytest.raises(InputError, match="differs from one forward pass"):
         fast.check(model)
-    monkeypatch.setattr(type(model), "hidden", lambda self, x, *_: x.nothing)
+    monkeypatch.setattr(type(model), "read", lambda self, x: x.nothing)
     with pytest.raises(InputError, match="cannot be read through"):
         fast.check(model)
 
@@ -305,7 +306,7 @@ def test_each_model_is_trained_with_its_own_options(full):
     for key in ("fine-tuned", "cda"):
         options = rows[key]["options"]
         assert (options["lam"], options["adversaries"]) == (0., 0)
-        assert options["clean"] and not options["rows"], "the task alone"
+        assert not options["rows"], "the task alone"
     whole = rows["fine-tuned"]["options"]["batch_size"]
     assert rows["cda"]["options"]["batch_size"] == 2 * whole, "as many steps"
     assert len(rows["cda"]["history"]) == 3
@@ -860,15 +861,14 @@ OPTIONS = {
     "--set tau=nan": "lies", "--set tau=-1": "lies", "--set batch_size=0": "lies",
     "--set lr=0": "lies", "--set lr=nan": "lies", "--set swa=2": "lies",
     "--set dropout=1": "lies", "--set renew=here": "renew",
-    "--set clean=maybe": "clean", "--set phi_lr=": "phi_lr", "--set": "expected",
+    "--set rows=maybe": "rows", "--set phi_lr=": "phi_lr", "--set": "expected",
     "--attack none": "beyond.attacks", "--eval runs/x": "beyond.runs",
     "--cost": "beyond.cost", "--plot x.png": "beyond.report", "--ablation":
     "beyond.ablation", "--tau 1": "--set tau=VALUE", "--phi-lr 1": "--set phi_lr=VALUE",
     "--batch-size=4": "--set batch_size=VALUE", "--data nowhere": "does not exist",
     "--data data/adult.data": "is a file", "--model nowhere": "not a model directory",
     "--model ./mo": "not a model directory", "--model data/mo": "not a model directory",
-    "--set lr=1e9": "finite|NaN", "--prompt-only --set adversaries=0": "adversar",
-    "--set adversaries=0 clean=false rows=false": "adversar|clean"}
+    "--set lr=1e9": "finite|NaN", "--prompt-only --set adversaries=0": "adversar"}
 FAULTS = {
     (broken_data, "empty"): "no rows", (broken_data, "truncated"): "columns",
     (broken_data, "html"): "columns", (broken_data, "columns"): "columns",
