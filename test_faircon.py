@@ -979,7 +979,7 @@ def base_of(model):
 
 
 def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
-    game = game_of(model, people_of(data, 8), lam=2., dropout=.3)
+    game = game_of(model, people_of(data, 8), lam=2., dropout=.3, rows=True)
     modes = []
     layers = lora.adapters(model.model).values()
     base = copies(base_of(model))
