@@ -6,7 +6,7 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    what the model says at the answer: its log-odds     LanguageModel
+    f_theta    the model's answer: its log-odds                    LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -19,8 +19,8 @@ part" of Eq. (3); that part maximises, Eq. (4) minimises: Adversary.sign. "ADMM"
 plain alternation; there is no dual variable.
 PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
 released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
-p(0): four times the gap of the tables is never above their distance. The released step
-of theta has no distance and no lam in it.
+p(0): on the same people their distance is at least four times the gap of the tables.
+The released step of theta has no distance and no lam in it.
 
     python faircon.py      # the game on forty people, step by step
 """
@@ -249,7 +249,7 @@ class Options:
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
     rows: bool = True              # theta also meets unfair labelled rows       [False]
-    log_odds: bool = True          # f_theta: log-odds of the answer, else probabilities
+    log_odds: bool = True          # f_theta: log-odds, else probabilities  [all logits]
     swa: float = .4                # last share of the rounds that SWA averages; 6 of 16
     dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
 

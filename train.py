@@ -37,7 +37,8 @@ PAPER = {
     "renew": False, "rows": False, "log_odds": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
-# phi_steps: a step for each of theta's, 200 rows by 9.
+# phi_steps: a step for each of theta's, 200 rows by 9. log_odds: probabilities of all
+# tokens, our reading; the released code has their logits.
 QUICK = {"prompt_length": 100, "rounds": 6}
 TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False}
 MODELS = {

@@ -101,7 +101,7 @@ def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     gflop = flop_of(theta)
     rate = matrix_rate(model.device, model.embed.dtype)
     texts = 2 * batch_size
-    return {"phi": texts / seconds_phi, "theta": 2 * texts / seconds_theta,
+    return {"phi": texts / seconds_phi, "theta": texts / seconds_theta,
             "share": 100 * gflop / seconds_theta / rate, "gb": peak_gb()}
 
 

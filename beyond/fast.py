@@ -1,6 +1,7 @@
 """NOT IN THE PAPER: f_theta without reading anything twice.
 
-Value and gradient are those of `faircon.LanguageModel` (tested, and checked at load).
+Value and gradient are those of `faircon.LanguageModel`: tested, and short texts of two
+people are checked at load.
 
     prompt, instruction, first words of the question    read once for everybody
     the tokens that twins share                         read once for the two
@@ -109,7 +110,8 @@ class FastModel(faircon.LanguageModel):
         return self.finite(p)
 
     def copies_that_fit(self, positions):
-        """How many people at once: each copies the prefix's keys and values thrice."""
+        """How many people at once: each copies the prefix's keys and values, at most
+        thrice."""
         config = self.model.config
         numbers = 2 * config.num_hidden_layers * config.hidden_size * positions
         room = CACHE_NUMBERS if self.device.type == "cpu" else 16 * CACHE_NUMBERS
@@ -145,18 +147,17 @@ def copy(cache, change):
 def check(model):
     """InputError unless `model` gives what one ordinary forward pass gives.
 
-    One question behind a prompt, as token ids through the model's own front door. The
+    Two people behind a prompt, as token ids through the model's own front door. The
     root mean square difference may be 1e-3 of the logits' spread (bf16: 2e-2).
     """
     g = model.usable[:5]
-    person = adult.read(adult.TINY / "adult.test")[0]
-    questions = model.questions([person])
+    questions = model.questions(adult.read(adult.TINY / "adult.test")[:2])
     try:
         with torch.no_grad():
-            ours = model(model.prefix(g), questions)[:, 0]                   # (2, V)
+            ours = model(model.prefix(g), questions).flatten(0, 1)           # (4, V)
         before = model.bos + g + model.ids("\n") + model.ids(adult.INSTRUCTION)
         theirs = []
-        for text in questions[0]:
+        for text in [x_m for x_m, x_f in questions] + [x_f for x_m, x_f in questions]:
             ids = torch.tensor([before + text], device=model.device)
             with torch.no_grad():
                 theirs.append(model.model(input_ids=ids).logits[0, -1].float())
@@ -177,19 +178,18 @@ def check(model):
 # ------------------------------------------------------------------ GPT-Neo
 
 class FastGPTNeo(FastModel):
-    """FastModel that pads nothing, and leaves out of the last block what nobody reads.
+    """FastModel that pads in attention alone, and reads of the last block the answers.
 
     The tokens of all people lie in one matrix (M, D): for each person those that the
     twins share, then the man's own, then the woman's. Attention alone needs people
-    side by side: Layout. FastModel pads, and reads the last block whole: a quarter
-    more time.
+    side by side: Layout. A quarter less time. `write` is still FastModel's.
     """
 
     def read(self, prefix):
         """Keys and values (1, H, P, d) of a prefix (P, D), for each block."""
         layout = Layout([(len(prefix), 0, 0)], 0, self.device)
-        nowhere = torch.zeros(1, 0, dtype=torch.long, device=self.device)
-        _, cache = self.blocks(prefix, layout, [], nowhere)
+        cache = []
+        self.blocks(prefix, layout, cache)
         return cache
 
     def answer(self, cache, questions):
@@ -201,42 +201,54 @@ class FastGPTNeo(FastModel):
             ends.append(len(ids) - 1)
             ids += x_f[both:]
             ends.append(len(ids) - 1)
-        seen = cache[0][0].shape[2]
-        layout = Layout(sizes, seen, self.device)
+        layout = Layout(sizes, cache[0][0].shape[2], self.device)
         ends = torch.tensor(ends, device=self.device).view(-1, 2)            # (B, 2)
         x = self.embed[torch.tensor(ids, device=self.device)]                # (M, D)
-        x, _ = self.blocks(x, layout, cache, ends)                           # (2B, D)
+        x = self.blocks(x, layout, cache, ends)                              # (2B, D)
         return self.logits(x).view(len(questions), 2, -1).transpose(0, 1)
 
-    def blocks(self, x, layout, past, ends):
-        """GPT-Neo from its own parts: x (M, D), behind the keys and values `past`.
+    def blocks(self, x, layout, cache, ends=None):
+        """GPT-Neo from its own parts: x (M, D) behind `cache`.
 
-        -> last hidden states (B * E, D) at `ends` (B, E); keys and values of x
+        -> last hidden states (B * E, D) at `ends` (B, E). Without `ends` keys and
+        values of x join the cache, which was empty, and that is all.
         """
-        neo, cache = self.model.base_model, []
-        x = neo.drop(x + neo.wpe.weight[layout.position])
-        for block in neo.h:
-            attention = block.attn.attention
-            heads, place = attention.num_heads, layout.place
+        neo = self.model.base_model
+        x = x + neo.wpe.weight[layout.position]
+        for i, block in enumerate(neo.h):
+            attention, last = block.attn.attention, i == len(neo.h) - 1
+            H = attention.num_heads
             h = block.ln_1(x)
-            k = layout.by_person(attention.k_proj(h), heads)                 # (B,H,n,d)
-            v = layout.by_person(attention.v_proj(h), heads)
-            if past:
-                old_k, old_v = past[len(cache)]
+            k = heads(layout.spread(attention.k_proj(h)), H)               # (B,H,n,d)
+            v = heads(layout.spread(attention.v_proj(h)), H)
+            if ends is None:
+                cache.append((k, v))
+                if last:
+                    return None
+            else:
+                old_k, old_v = cache[i]                                    # (1,H,S,d)
                 k = torch.cat([old_k.expand(len(k), -1, -1, -1), k], 2)
                 v = torch.cat([old_v.expand(len(v), -1, -1, -1), v], 2)
-            cache.append((k, v))
-            sees = layout.sees(attention)                                    # (B,n,S+n)
-            if block is neo.h[-1]:                    # from here on, the answers alone
-                x, h = x[ends.flatten()], h[ends.flatten()]
-                sees = sees.flatten(0, 1)[place[ends]]                       # (B,E,S+n)
-                place = torch.arange(len(x), device=self.device)
-            q = layout.by_person(attention.q_proj(h), heads, place, sees.shape[1])
-            mixed = F.scaled_dot_product_attention(q, k, v, sees[:, None], scale=1.)
-            mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)[place]    # as x
+            sees = layout.sees(attention)                                  # (B,n,S+n)
+            if last:                              # from here on, the answers alone
+                x, q = x[ends.flatten()], attention.q_proj(h[ends])        # (B, E, D)
+                sees = sees.flatten(0, 1)[layout.place[ends]]              # (B,E,S+n)
+            else:
+                q = layout.spread(attention.q_proj(h))                     # (B, n, D)
+            # GPT-Neo does not divide by sqrt(d).
+            mixed = F.scaled_dot_product_attention(heads(q, H), k, v, sees[:, None],
+                                                   scale=1.)
+            mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+            if not last:
+                mixed = mixed[layout.place]                                # (M, D)
             x = x + attention.out_proj(mixed)
             x = x + block.mlp(block.ln_2(x))
-        return neo.ln_f(x), cache
+        return neo.ln_f(x)
+
+
+def heads(x, H):
+    """(B, n, D) -> (B, H, n, d)"""
+    return x.unflatten(-1, (H, -1)).transpose(1, 2)
 
 
 class Layout:
@@ -248,36 +260,35 @@ class Layout:
     """
 
     def __init__(self, sizes, seen, device):
-        self.people, self.n = len(sizes), max(map(sum, sizes))
-        at = torch.full((self.people, self.n), seen)             # positions (B, n)
-        twin = torch.full((self.people, self.n), -1)             # -1: nobody's place
+        self.B, self.n = len(sizes), max(map(sum, sizes))
+        twin = torch.full((self.B, self.n), -1)  # 2: both, 0: man, 1: woman, -1: nobody
+        position = torch.full((self.B, self.n), seen)
         for i, (both, man, woman) in enumerate(sizes):
             own = [*range(both + man), *range(both, both + woman)]
-            at[i, :len(own)] += torch.tensor(own)
             twin[i, :len(own)] = torch.tensor([2] * both + [0] * man + [1] * woman)
+            position[i, :len(own)] = seen + torch.tensor(own)
         used = (twin >= 0).flatten()
         self.place = used.nonzero().flatten().to(device)
-        self.position = at.flatten()[used].to(device)
-        keys = torch.cat([torch.arange(seen).expand(self.people, -1), at], 1)
-        ago = at[:, :, None] - keys[:, None]                     # (B, n, S + n)
-        mine = (twin[:, None] == 2) | (twin[:, None] == twin[:, :, None])
-        mine = F.pad(mine, (seen, 0), value=True)
-        self.ago, self.before = ago.to(device), (mine & (ago >= 0)).to(device)
+        self.position = position.flatten()[used].to(device)
+        before = torch.arange(seen).expand(self.B, -1)
+        ago = position[:, :, None] - torch.cat([before, position], 1)[:, None]
+        key, query = twin[:, None], twin[:, :, None]
+        mine = (key == 2) | (key == query)             # nobody's places see each other
+        mine = F.pad(mine, (seen, 0), value=True)                          # (B,n,S+n)
+        self.ago, self.visible = ago.to(device), (mine & (ago >= 0)).to(device)
 
     def sees(self, attention):
         """(B, n, S + n): GPT-Neo's local attention sees the last few tokens alone."""
         if attention.attention_type == "local":
-            return self.before & (self.ago < attention.config.window_size)
-        return self.before
+            return self.visible & (self.ago < attention.config.window_size)
+        return self.visible
 
-    def by_person(self, x, heads, place=None, n=None):
-        """x (M, D) -> (B, H, n, d), zeros where there is no token."""
-        place, n = self.place if place is None else place, self.n if n is None else n
-        if len(x) < self.people * n:
-            empty = x.new_zeros(self.people * n, x.shape[1])
-            x = empty.index_copy(0, place, x)
-        x = x.view(self.people, n, heads, x.shape[1] // heads)
-        return x.transpose(1, 2)
+    def spread(self, x):
+        """(M, D) -> (B, n, D), zeros in nobody's places."""
+        if len(self.place) < self.B * self.n:
+            empty = x.new_zeros(self.B * self.n, x.shape[1])
+            x = empty.index_copy(0, self.place, x)
+        return x.view(self.B, self.n, -1)
 
 
 # ------------------------------------------------------------------ loading

@@ -148,7 +148,7 @@ def model(g):
 def game(g):
     g.add_argument("--lam", type=GAME["lam"],
                    help="weight of the distance in Eq. (3) (1)")
-    g.add_argument("--rounds", type=COUNT, help="passes over the rows (12; paper 10)")
+    g.add_argument("--rounds", type=COUNT, help="passes over the rows (16; paper 10)")
     g.add_argument("--prompt-length", type=COUNT, help="tokens of g (560; paper 10)")
     g.add_argument("--set", type=setting, nargs="+", action="extend", default=[],
                    metavar="FIELD=VALUE", help="any other field of faircon.Options, "

@@ -79,7 +79,7 @@ def show(rows, titles, columns, printed):
     for key, values in summary(rows).items():
         text = f"{titles[key]:<{wide}}"
         for name in columns.values():
-            text += f"{cell(values.get(name), seeds):>10}"
+            text += f" {cell(values.get(name), seeds):>9}"
         if key in printed:
             text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
         print(text)

@@ -463,7 +463,7 @@ def main():
     if different:
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")
-    print("every saved number of every model came out again, exactly (clean prompt; "
+    print("every saved number of every model came out again, exactly (no prompt; "
           "`python -m beyond.attacks` repeats attacks)")
 
 
