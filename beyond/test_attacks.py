@@ -62,6 +62,7 @@ class Planted:
     bos = []
     context = math.inf
     device = torch.device("cpu")
+    answers = torch.tensor([0, 1])
 
     def __init__(self, length, seed):
         rng = generator(seed)
