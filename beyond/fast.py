@@ -182,7 +182,7 @@ class FastGPTNeo(FastModel):
 
     The tokens of all people lie in one matrix (M, D): for each person those that the
     twins share, then the man's own, then the woman's. Attention alone needs people
-    side by side: Layout. A quarter less time. `write` is still FastModel's.
+    side by side: Layout. `write` is still FastModel's.
     """
 
     def read(self, prefix):
@@ -216,7 +216,8 @@ class FastGPTNeo(FastModel):
         neo = self.model.base_model
         x = x + neo.wpe.weight[layout.position]
         for i, block in enumerate(neo.h):
-            attention, last = block.attn.attention, i == len(neo.h) - 1
+            last = i == len(neo.h) - 1
+            attention = block.attn.attention
             H = attention.num_heads
             h = block.ln_1(x)
             k = heads(layout.spread(attention.k_proj(h)), H)               # (B,H,n,d)
@@ -231,7 +232,8 @@ class FastGPTNeo(FastModel):
                 v = torch.cat([old_v.expand(len(v), -1, -1, -1), v], 2)
             sees = layout.sees(attention)                                  # (B,n,S+n)
             if last:                              # from here on, the answers alone
-                x, q = x[ends.flatten()], attention.q_proj(h[ends])        # (B, E, D)
+                x = x[ends.flatten()]                                      # (B * E, D)
+                q = attention.q_proj(h[ends])                              # (B, E, D)
                 sees = sees.flatten(0, 1)[layout.place[ends]]              # (B,E,S+n)
             else:
                 q = layout.spread(attention.q_proj(h))                     # (B, n, D)
@@ -275,7 +277,8 @@ class Layout:
         key, query = twin[:, None], twin[:, :, None]
         mine = (key == 2) | (key == query)             # nobody's places see each other
         mine = F.pad(mine, (seen, 0), value=True)                          # (B,n,S+n)
-        self.ago, self.visible = ago.to(device), (mine & (ago >= 0)).to(device)
+        self.ago = ago.to(device)
+        self.visible = (mine & (ago >= 0)).to(device)
 
     def sees(self, attention):
         """(B, n, S + n): GPT-Neo's local attention sees the last few tokens alone."""
