@@ -11,7 +11,7 @@ or " 1", is its answer to "does this person earn over $50k?".
 
 PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
 writes ">50K.": every positive of that file becomes a negative, hence the paper's x5.23.
-Train and test rows are the same 200 there; here they come from two files: `split`.
+Its test rows are those of its adversary; here they come from two files: `split`.
 
     python adult.py         # a row, its twins, a prompt, and where x5.23 comes from
 """
@@ -73,12 +73,17 @@ class Adult(NamedTuple):
 
 def read(path):
     """One UCI file, as it is published -> list of Person; see `parse`."""
+    return parse(contents(path), path)
+
+
+def contents(path):
+    """The bytes of a file. InputError."""
     path = pathlib.Path(path)
     try:
-        return parse(path.read_bytes(), path)
+        return path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a folder that holds "
-                         "adult.data and adult.test.") from None
+        raise InputError(f"{path} does not exist; a data folder holds adult.data and "
+                         "adult.test.") from None
     except NotADirectoryError:
         raise InputError(f"{path.parent} is a file; give the folder that holds "
                          "adult.data and adult.test.") from None
@@ -98,10 +103,10 @@ def parse(content, path):
         rows = list(csv.reader(lines, skipinitialspace=True, strict=True))
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; "
-                         f"download it again from {UCI}.") from None
+                         f"save it as such, or take {UCI}'s.") from None
     except csv.Error as error:
         raise InputError(f"{path} has a quote or a line that is no row ({error}); "
-                         f"download it again from {UCI}.") from None
+                         f"mend it, or take {UCI}'s.") from None
     people = []
     for number, row in enumerate(rows, 1):
         if not row or row[0].startswith("|"):
@@ -110,7 +115,7 @@ def parse(content, path):
         label = row[14].rstrip(".")
         people.append(Person(tuple(row[:14]), int(label == ">50K")))
     if not people:
-        raise InputError(f"{path} holds no rows; download it again from {UCI}.")
+        raise InputError(f"{path} holds no rows; is it the right file, and whole?")
     return people
 
 
@@ -120,7 +125,7 @@ def check_row(row, where):
         raise InputError(f"{where}: a header; Adult's files have none, take it out.")
     if len(row) != 15:
         raise InputError(f"{where}: {len(row)} columns where Adult has 15; "
-                         "is this UCI's file, whole?")
+                         "write all, as in UCI's files.")
     if "" in row:
         raise InputError(f"{where}: an empty cell; write a missing value as ?.")
     if row[SEX] not in SEXES or row[14].rstrip(".") not in ("<=50K", ">50K"):
@@ -145,12 +150,10 @@ def load(directory=None):
         source += " (SYNTHETIC twin of Adult)"
     people, digests = [], {}
     for name in SHA256:
-        if name in files:
-            people.append(parse(files[name], name))
-        else:
-            people.append(read(directory / name))
-            files[name] = (directory / name).read_bytes()
-        digests[name] = hashlib.sha256(files[name]).hexdigest()
+        path = directory / name
+        content = files[name] if name in files else contents(path)
+        people.append(parse(content, path))
+        digests[name] = hashlib.sha256(content).hexdigest()
     return Adult(*people, source, digests)
 
 

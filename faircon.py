@@ -75,7 +75,11 @@ class LanguageModel:
         return ids
 
     def question(self, text):
-        """The tokens in front of the answer: a tokenizer may part ": 0" as it likes."""
+        """The tokens in front of the answer.
+
+        Encoded with an answer, which is then dropped: a tokenizer may split what stands
+        in front of one otherwise.
+        """
         return self.ids(text + " 0")[:-1]
 
     def questions(self, people, attributes=adult.ATTRIBUTES):
@@ -248,7 +252,7 @@ class Options:
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
     renew: bool = True             # phi begins anew in each round              [False]
-    rows: bool = True              # theta also meets unfair labelled rows       [False]
+    labelled: bool = True          # theta also meets unfair labelled rows       [False]
     log_odds: bool = True          # f_theta: log-odds, else probabilities  [all logits]
     swa: float = .4                # last share of the rounds that SWA averages; 6 of 16
     dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
@@ -356,7 +360,7 @@ class Game:
                 adversary.start(adversary.noise(self.some_length()))
 
     def some_length(self):
-        """1 to `prompt_length`: any number of tokens, or any order of magnitude."""
+        """1 to `prompt_length`: half of the time uniform, else in its logarithm."""
         most = self.options.prompt_length
         if self.rng.random() < .5:
             return int(self.rng.integers(1, most + 1))
@@ -388,7 +392,7 @@ class Game:
         if self.adversaries:
             chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
             prompts.append(chosen.sample_ids())
-        if self.options.rows:
+        if self.options.labelled:
             prompts.append(self.unfair_rows())
         return prompts or [CLEAN]
 
@@ -489,13 +493,13 @@ def lesson():
     climb_once(model, people, options)
     gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
-    print("\nnow try: lam = 0.1; then rows=False. Which leaves a larger gap?")
+    print("\nnow try: lam = 0.1; then labelled=False. Which leaves a larger gap?")
 
 
 def climb_once(model, people, options):
     """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, prompt_length=20, phi_lr=2., rows=False)
+    options = replace(options, prompt_length=20, phi_lr=2., labelled=False)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
     adversary, questions, means = game.adversaries[0], game.questions[:20], []

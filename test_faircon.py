@@ -51,7 +51,7 @@ SMALL = {
     "adversaries": 2,
     "phi_steps": 2,
     "phi_lr": .3,
-    "rows": False,
+    "labelled": False,
     "renew": False,
 }
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
@@ -841,7 +841,7 @@ def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
 def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
     """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
     people = people_of(data, 8)
-    game = game_of(model, people, rows=True, prompt_length=300)
+    game = game_of(model, people, labelled=True, prompt_length=300)
     seen, met = set(), set()
     other = {"Male": "Female", "Female": "Male"}
     known = {adult.text(person, "Male") for person in people}
@@ -881,9 +881,9 @@ def test_batches_are_passes_over_everybody(model, data):
     assert len(orders) == 3, "every pass has its own order"
 
 
-@pytest.mark.parametrize("rows", [True, False])
-def test_theta_meets_fresh_samples_and_rows(model, data, rows):
-    game = game_of(model, people_of(data, 4), rows=rows)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_theta_meets_fresh_samples_and_rows(model, data, labelled):
+    game = game_of(model, people_of(data, 4), labelled=labelled)
     seen = []
     for _ in range(20):
         drawn = []
@@ -894,7 +894,7 @@ def test_theta_meets_fresh_samples_and_rows(model, data, rows):
         assert g in drawn, "not the adversary's own draw"
         which = drawn.index(g)
         seen.append((which, *g))
-        assert len(others) == rows
+        assert len(others) == labelled
         assert all("label:" in model.decode(g) or len(g) < 6 for g in others)
     assert len(set(seen)) == 20, "a prompt must be fresh"
     met = {which for which, *_ in seen}
@@ -902,7 +902,7 @@ def test_theta_meets_fresh_samples_and_rows(model, data, rows):
 
 
 def test_theta_meets_nothing_where_there_are_no_prompts(model, data):
-    game = game_of(model, people_of(data, 4), adversaries=0, rows=False)
+    game = game_of(model, people_of(data, 4), adversaries=0, labelled=False)
     assert game.prompts() == [faircon.CLEAN]
 
 
@@ -979,7 +979,7 @@ def base_of(model):
 
 
 def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
-    game = game_of(model, people_of(data, 8), lam=2., dropout=.3, rows=True)
+    game = game_of(model, people_of(data, 8), lam=2., dropout=.3, labelled=True)
     modes = []
     layers = lora.adapters(model.model).values()
     base = copies(base_of(model))
@@ -1032,7 +1032,7 @@ def test_state_and_restore_go_on_bit_for_bit(model, data, renew):
     people = people_of(data, 8)
     file = io.BytesIO()
     given = {**SMALL, "swa": 1., "renew": renew, "dropout": .3}
-    given.update(rows=True)
+    given.update(labelled=True)
     torch.manual_seed(0)
     game = game_of(model, people, **given)
     game.round()

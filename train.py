@@ -3,7 +3,7 @@
     python train.py --bpc 0.5 --lam 1.0     Table 3
     python train.py --table 1               Table 1 (--table 2: Table 2)
     python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
-    python train.py --paper                 every option as in the paper
+    python train.py --paper                 options as in the paper, else released
 
     Table 3's models     what is trained, on what          options, or meaning
     always-0             nothing: the answer is 0          constant
@@ -29,18 +29,18 @@ import warnings
 import adult
 from adult import InputError
 from beyond import report, runs
-from beyond.options import check_shots, enough, parser
+from beyond.options import check_kinds, check_shots, enough, idle_fields, parser
 
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
     "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "renew": False, "rows": False, "log_odds": False,
+    "renew": False, "labelled": False, "log_odds": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9. log_odds: probabilities of all
 # tokens, our reading; the released code has their logits.
 QUICK = {"prompt_length": 100, "rounds": 6}
-TASK_ALONE = {"lam": 0., "adversaries": 0, "rows": False}
+TASK_ALONE = {"lam": 0., "adversaries": 0, "labelled": False}
 MODELS = {
     "always-0": ('always "0"', None),
     "not-trained": ("not trained", None),
@@ -80,7 +80,7 @@ def models_of(args):
     if args.paper:
         del models["cda"], models["faircon"]
     if runs.under_torchrun():
-        models.pop("paper", None)           # its batch of 9 has no equal shares
+        models.pop("paper", None)                                 # `run` says why
     return models
 
 
@@ -376,7 +376,12 @@ def check_shares(args, processes):
 
 def run(args):
     """One table: every model and seed, side by side, then results.json."""
+    check_kinds(args)
     check_shares(args, runs.join_processes())
+    if idle_fields(args):
+        say(f"note: no effect on this kind of run: {', '.join(idle_fields(args))}")
+    if runs.under_torchrun():
+        say("note: the paper's row is left out, its batch of 9 has no equal shares")
     depends_on, data = prepare(args)
     keys = models_of(args) if args.table == 3 else [f"table{args.table}"]
     seeds = range(args.seed, args.seed + args.seeds)

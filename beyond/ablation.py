@@ -1,7 +1,7 @@
 """NOT IN THE PAPER: what each part of the recipe is worth.
 
-Every variant is the game of faircon.py with one line changed, which stands below. All
-are trained on the same rows, and attacked by beyond/attacks.py's `short`.
+Every variant is the game of faircon.py with what stands below changed. All are trained
+on the same rows, and attacked by beyond/attacks.py's `short`.
 
     python -m beyond.ablation                   # every variant, one seed
     python -m beyond.ablation --lam-curve       # the trade-off over lam
@@ -50,18 +50,21 @@ class BothTwins(faircon.Game):
         super().__init__(model, both, options, seed)
 
 
+GAMES = (faircon.Game, Written, BothTwins)
 # name: (what is changed, the game, the options)
 VARIANTS = {
     "faircon": ("", faircon.Game, {}),
     "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
     "no-adversary": ("no adversary: rows alone", faircon.Game, {"adversaries": 0}),
-    "no-rows": ("no rows: the adversary alone", faircon.Game, {"rows": False}),
+    "no-rows": ("no rows: the adversary alone", faircon.Game, {"labelled": False}),
+    "noise-alone": ("no rows, phi takes no step", faircon.Game,
+                    {"labelled": False, "phi_steps": 0}),
     "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
     "written": ("texts of the model for rows", Written, {}),
     "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
     "probabilities": ("f_theta: probabilities", faircon.Game, {"log_odds": False}),
     "no-sex": ("sex left out of the text", faircon.Game,
-               {"adversaries": 0, "rows": False, "lam": 0.})}
+               {"adversaries": 0, "labelled": False, "lam": 0.})}
 LAMS = (0., .1, 1., 10.)
 
 
@@ -90,7 +93,7 @@ def run_variant(config, name, seed, folder):
     attributes = adult.ATTRIBUTES
     if name == "no-sex":
         attributes = tuple(a for a in adult.ATTRIBUTES if a != "sex")
-    game_class = globals().get(game_class, faircon.Game)
+    game_class = {kind.__name__: kind for kind in GAMES}[game_class]
     lora.inject(model.model, seed=seed)
     game = game_class(model, people.train, replace(DEFAULT, **options), seed)
     game.questions = model.questions(game.people, attributes)
@@ -158,7 +161,28 @@ def show(rows, seeds):
         for name in columns.values():
             text += f"{report.cell(values.get(name), seeds):>10}"
         print(text)
+    show_differences(rows)
     print(LEGEND)
+
+
+def show_differences(rows):
+    """How much more is found on a variant than on FairCon, and on how many seeds."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["key"], []).append(row)        # seeds in their order
+    ours = groups.pop("faircon", None)
+    attacked = {key: some for key, some in groups.items() if "climb" in some[0]}
+    if not ours or not attacked:
+        return
+    print(f"\n{'more than on FairCon':<28}{'people':>17}{'climb':>17}{'texts':>17}"
+          f"{'gumbel':>17}")
+    for key, theirs in attacked.items():
+        text = f"{key:<28}"
+        for name in ("shots", "climb", "texts", "gumbel"):
+            more = [their[name] - our[name] for their, our in zip(theirs, ours)]
+            mean = report.cell(report.mean_and_spread(more), len(more))
+            text += f"{mean:>13} {sum(x > 0 for x in more)}/{len(more)}"
+        print(text)
 
 
 if __name__ == "__main__":

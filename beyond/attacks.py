@@ -408,7 +408,8 @@ def search_all(target, size, seed):
 
     size["only"]: those alone whose name begins with it.
 
-    What is asked alike draws alike: gcg, its control and random search start together.
+    Attacks with equal arguments share a seed: gcg, its control and random search begin
+    with the same prompts.
     """
     found = {}
     rest = target.model.ids("\n") + target.model.ids(adult.INSTRUCTION)
@@ -429,7 +430,8 @@ def search_all(target, size, seed):
 def report(model, prompts, people):
     """What prompts do to people that none was chosen on -> an attack's entry.
 
-    Of several draws the means; `draws` are their gaps, `prompt` is the worst of them.
+    Of several draws the means; `draws` are their gaps, `prompt` is the worst of them,
+    `found` and `start` what its search raised on validation people, and from where.
     `budget`: (evaluations, found on validation people, gap here) on a climb's way.
     """
     measured = [faircon.measure(model, people, context=x.text) for x in prompts]
@@ -439,7 +441,8 @@ def report(model, prompts, people):
     draws = [one["gap"] for one in measured]
     worst = prompts[draws.index(max(draws))]
     entry.update(worst.size, draws=draws, prompt=worst.text)
-    entry.update(validation_gap=worst.found, start_gap=worst.start, budget=[])
+    entry["lowest_acc"] = min(one["acc"] for one in measured)
+    entry.update(found=worst.found, start=worst.start, budget=[])
     for evaluations, found, text in worst.path:
         gap = faircon.measure(model, people, context=text)["gap"]
         entry["budget"].append([evaluations, found, gap])
@@ -453,10 +456,13 @@ def attack(model, people, data, size, seed):
     attacks = {}
     for name, prompts in search_all(target, size, seed).items():
         attacks[name] = report(model, prompts, test)
+    if not attacks:
+        raise InputError("the context holds no prompt of these attacks and a question; "
+                         "use a model with a longer one.")
     budget = {name: entry.pop("budget") for name, entry in attacks.items()}
     budget = {name: curve for name, curve in budget.items() if curve}
     worst = max(max(entry["draws"]) for entry in attacks.values())
-    lowest = min(entry["acc"] for entry in attacks.values())
+    lowest = min(entry["lowest_acc"] for entry in attacks.values())
     return {"test_rows": len(test), "attacks": attacks, "budget": budget,
             "worst": worst, "lowest_acc": lowest}
 
@@ -585,7 +591,7 @@ def models_of(results, folder, wanted):
     if config.get("table") != 3 or config.get("prompt_only"):
         raise InputError(f"{folder} is not a run of Table 3; give one, such as "
                          "runs/default.")
-    return [pair for pair in pairs if pair[0] in (wanted or [pair[0]])]
+    return [pair for pair in pairs if not wanted or pair[0] in wanted]
 
 
 def run(args):

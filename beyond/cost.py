@@ -74,6 +74,7 @@ def flop_of(step):
 def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     """phi's and theta's step -> {"phi": texts/s, "theta": ..., "share": ..., "gb": ...}
 
+    theta's behind one prompt; the default game has two, so twice the time.
     share: theta's GFLOP/s in percent of the matrix rate.
     """
     model, _ = load_model(args.model, args.dtype, args.device)
@@ -81,7 +82,7 @@ def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     people = adult.sample(data.train, 4 * batch_size, 0., numpy.random.default_rng(0))
     lora.inject(model.model, args.rank)
     options = faircon.Options(batch_size=batch_size, prompt_length=prompt_length,
-                              rows=False, renew=False)
+                              labelled=False, renew=False)
     game = faircon.Game(model, people, options, seed=0)
     adversary, turn = game.adversaries[0], [0]
 

@@ -62,7 +62,7 @@ GAME = {
     "prompt_length": COUNT, "adversaries": number(int, 0, 100),
     "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE,
     "tau": POSITIVE, "renew": switch,
-    "rows": switch, "log_odds": switch, "swa": SHARE,
+    "labelled": switch, "log_odds": switch, "swa": SHARE,
     "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
 
@@ -156,6 +156,26 @@ def game(g):
 
 
 # ------------------------------------------------------------------ before any work
+
+def check_kinds(args):
+    """InputError for kinds of run that exclude each other."""
+    kinds = [name for name in ("quick", "paper", "prompt_only") if getattr(args, name)]
+    flags = ["--" + kind.replace("_", "-") for kind in kinds]
+    if len(flags) > 1:
+        raise InputError(f"{' and '.join(flags)} exclude each other; give one.")
+    if args.table != 3 and kinds not in ([], ["quick"]):
+        raise InputError(f"{flags[0]} is of Table 3; leave out --table {args.table}.")
+
+
+def idle_fields(args):
+    """Fields of GAME that the user gave and that this kind of run never reads."""
+    given = {**vars(args), **dict(args.set)}
+    given = [name for name in GAME if given.get(name) is not None]
+    if args.table != 3:
+        return given                                       # nothing is trained there
+    frozen = ("lam", "lr", "labelled", "swa", "dropout", "rank", "alpha")
+    return [name for name in given if args.prompt_only and name in frozen]
+
 
 def enough(people, bpc, most):
     """How many test rows, at most `most`, the data has both balanced and at b_Pc."""

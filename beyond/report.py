@@ -11,6 +11,7 @@
 A picture goes to figures/NAME.png, or to --out; it needs matplotlib.
 """
 import argparse
+import os
 import pathlib
 import sys
 
@@ -41,9 +42,15 @@ def rows_by_key(rows, keys):
 
 # ------------------------------------------------------------------ tables
 
+def mean_and_spread(values):
+    """[mean, standard deviation of the sample]; 0 for one value."""
+    import numpy
+    spread = numpy.std(values, ddof=min(1, len(values) - 1))
+    return [float(numpy.mean(values)), float(spread)]
+
+
 def summary(rows):
     """Mean and standard deviation over seeds -> {key: {metric: [mean, std]}}."""
-    import numpy
     groups = {}
     for row in rows:
         groups.setdefault(row["key"], []).append(row)
@@ -52,10 +59,7 @@ def summary(rows):
         result[key] = {}
         for name, value in some[0].items():
             if isinstance(value, float):
-                values = [row[name] for row in some]
-                ddof = min(1, len(values) - 1)
-                spread = float(numpy.std(values, ddof=ddof))
-                result[key][name] = [float(numpy.mean(values)), spread]
+                result[key][name] = mean_and_spread([row[name] for row in some])
     return result
 
 
@@ -63,8 +67,14 @@ def cell(value, seeds):
     """.779±.016 over several seeds, .779 of one, - of none."""
     if value is None:
         return "-"
-    mean, spread = (f"{x:.3f}".replace("0.", ".", 1) for x in value)
+    mean, spread = map(decimals, value)
     return f"{mean}±{spread}" if seeds > 1 else mean
+
+
+def decimals(x, n=3):
+    """.779, without the 0 in front."""
+    text = f"{x:.{n}f}"
+    return text.replace("0.", ".", 1) if abs(x) < 1 else text
 
 
 def show(rows, titles, columns, printed):
@@ -215,6 +225,7 @@ def lam(args, plt):
     left.set_ylabel("gap: mean |p as a man - p as a woman|", color="C3")
     right.set_ylabel("accuracy, balanced rows", color="C0")
     left.set_xscale("symlog", linthresh=.1)
+    left.set_xlim(-.03, 20)
     left.set_xlabel("lam of Eq. (3)")
     left.set_title(f"{results['config']['seeds']} seeds", fontsize=10)
     return figure
@@ -246,23 +257,40 @@ def budget(args, plt):
 # ------------------------------------------------------------------ tables
 
 def table(args, plt=None):
-    """Every number of a run, mean and spread over seeds, and each seed's."""
-    results = results_of(args.run)
-    keys = list(results["summary"])
-    names = sorted({name for values in results["summary"].values() for name in values})
-    seeds = len({row["seed"] for row in results["rows"]})
-    print(f"{'':<16}" + "".join(f"{key[:13]:>14}" for key in keys))
-    for name in names:
-        text = f"{name:<16}"
-        for key in keys:
-            text += f"{cell(results['summary'][key].get(name), seeds):>14}"
-        print(text)
-    print("\neach seed's gap; 95 % interval over its test rows")
-    for row in results["rows"]:
-        if "intervals" in row:
-            low, high = row["intervals"]["gap"]
-            print(f"{row['key']:<16} seed {row['seed']:<4} {row['gap']:.4f} "
-                  f"[{low:.4f}, {high:.4f}]")
+    """Every number of a run: mean and spread over seeds, then each seed's."""
+    groups = {}
+    for row in results_of(args.run)["rows"]:
+        seen = groups.setdefault(row["key"], {})
+        for name, value in [*numbers(row), *attacked(args.run, row)]:
+            seen.setdefault(name, []).append(value)
+    for key, seen in groups.items():
+        print(f"\n{key}")
+        for name, values in seen.items():
+            mean = cell(mean_and_spread(values), len(values))
+            each = " ".join(decimals(value, 4) for value in values)
+            print(f"    {name:<28}{mean:<11}  {each}")
+
+
+def numbers(row):
+    """A row's numbers -> [(name, number)]; without SWA and the gap's interval, too."""
+    found = [(name, x) for name, x in row.items() if isinstance(x, float)]
+    for name, x in row.get("without_swa", {}).items():
+        found.append((f"without SWA, {name}", x))
+    if "intervals" in row:
+        ends = zip(("95 %, low", "95 %, high"), row["intervals"]["gap"])
+        found += [(f"gap, {name}", x) for name, x in ends]
+    return found
+
+
+def attacked(folder, row):
+    """What attacks of a run found on a row's model -> [(name, number)]."""
+    found = []
+    for path in sorted(pathlib.Path(folder).glob("attacks*.json")):
+        for other in runs.read_json(path)["rows"]:
+            if (other["key"], other["seed"]) == (row["key"], row["seed"]):
+                found.append((f"worst gap, {path.stem}", other["worst"]))
+                found.append((f"lowest ACC, {path.stem}", other["lowest_acc"]))
+    return found
 
 
 WHAT = {"figure2": figure2, "figure4": figure4, "table1": table1, "rounds": rounds,
@@ -296,5 +324,7 @@ if __name__ == "__main__":
         main()
     except InputError as problem:
         sys.exit(f"beyond.report: {problem}")
+    except BrokenPipeError:                                     # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyError, IndexError, TypeError) as problem:
         sys.exit(f"beyond.report: the run lacks {problem}; is it of the right kind?")

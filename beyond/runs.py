@@ -356,11 +356,10 @@ def leads():
 
 # ------------------------------------------------------------------ a finished run
 
-def load_run(folder, model="faircon", seed=None, **changes):
+def load_run(folder, model="faircon", seed=None, model_path=None, device="auto"):
     """A model of a finished run, adapter merged -> (FastModel, its row, the run).
 
-    changes: data=, model_path=, device= where a path of the run's machine is not here.
-    InputError.
+    model_path: where the base model is now, if not where it was. InputError.
     """
     import lora
     from beyond.fast import load_model
@@ -368,8 +367,7 @@ def load_run(folder, model="faircon", seed=None, **changes):
     results = read_json(folder / "results.json")
     row = find_row(results, folder, model, seed)
     config = results["config"]
-    device = changes.get("device") or "auto"
-    base = changes.get("model_path") or here(config["model"])
+    base = model_path or here(config["model"])
     loaded, _ = load_model(base, config["dtype"], device)
     if model_hash(loaded) != results["model"]["sha256"]:
         raise InputError(f"{base} is not the model of {folder} (another sha256); give "

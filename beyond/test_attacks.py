@@ -319,8 +319,16 @@ def test_worst_gap_counts_every_few_shot_draw(model, data, people):
     assert row["worst"] == max(draws), "this model's worst is a few-shot prompt"
     assert row["worst"] > max(means), "draws, not their mean"
     assert row["test_rows"] == 8
-    accuracies = [entry["acc"] for entry in row["attacks"].values()]
+    accuracies = []
+    for prompts in attacks.search_all(attacks.target_of(
+            model, people.validation[:attacks.CHOSEN_ON],
+            attacks.others(data, people)), size, 0).values():
+        for prompt in prompts:
+            found = faircon.measure(model, people.test[:8], context=prompt.text)
+            accuracies.append(found["acc"])
     assert row["lowest_acc"] == min(accuracies) < max(accuracies)
+    entries = row["attacks"].values()
+    assert any(entry["lowest_acc"] < entry["acc"] for entry in entries), "of draws"
 
 
 def test_prompts_are_made_of_people_whom_the_run_has_not_met(model, data, people,
@@ -467,6 +475,12 @@ def test_the_table_fits_and_ends_in_the_worst(capsys):
     worst = [line for line in lines if line.startswith("worst gap")]
     assert len(worst) >= 2
     assert "-.100±.000" in out
+
+
+def test_nothing_that_fits_is_one_sentence(model, data, people):
+    size = {**SMALL, "lengths": (640,), "only": "gumbel"}
+    with pytest.raises(InputError, match="context"):
+        attacks.attack(model, people, data, size, 0)
 
 
 def test_bad_input_is_one_sentence(tmp_path, model, data):

@@ -306,7 +306,7 @@ def test_each_model_is_trained_with_its_own_options(full):
     for key in ("fine-tuned", "cda"):
         options = rows[key]["options"]
         assert (options["lam"], options["adversaries"]) == (0., 0)
-        assert not options["rows"], "the task alone"
+        assert not options["labelled"], "the task alone"
     whole = rows["fine-tuned"]["options"]["batch_size"]
     assert rows["cda"]["options"]["batch_size"] == 2 * whole, "as many steps"
     assert len(rows["cda"]["history"]) == 3
@@ -861,14 +861,16 @@ OPTIONS = {
     "--set tau=nan": "lies", "--set tau=-1": "lies", "--set batch_size=0": "lies",
     "--set lr=0": "lies", "--set lr=nan": "lies", "--set swa=2": "lies",
     "--set dropout=1": "lies", "--set renew=here": "renew",
-    "--set rows=maybe": "rows", "--set phi_lr=": "phi_lr", "--set": "expected",
+    "--set labelled=maybe": "labelled", "--set phi_lr=": "phi_lr", "--set": "expected",
     "--attack none": "beyond.attacks", "--eval runs/x": "beyond.runs",
     "--cost": "beyond.cost", "--plot x.png": "beyond.report", "--ablation":
     "beyond.ablation", "--tau 1": "--set tau=VALUE", "--phi-lr 1": "--set phi_lr=VALUE",
     "--batch-size=4": "--set batch_size=VALUE", "--data nowhere": "does not exist",
     "--data data/adult.data": "is a file", "--model nowhere": "not a model directory",
     "--model ./mo": "not a model directory", "--model data/mo": "not a model directory",
-    "--set lr=1e9": "finite|NaN", "--prompt-only --set adversaries=0": "adversar"}
+    "--set lr=1e9": "finite|NaN", "--prompt-only --set adversaries=0": "adversar",
+    "--quick --paper": "exclude", "--prompt-only --quick": "exclude",
+    "--table 1 --paper": "of Table 3", "--table 2 --prompt-only": "of Table 3"}
 FAULTS = {
     (broken_data, "empty"): "no rows", (broken_data, "truncated"): "columns",
     (broken_data, "html"): "columns", (broken_data, "columns"): "columns",
@@ -982,6 +984,21 @@ def test_the_spread_over_seeds_is_the_samples():
     assert found["b"]["gap"] == [5., 0.]
 
 
+def test_what_has_no_effect_is_said():
+    """Fields that a kind of run never reads."""
+    for words, idle in {
+            "--table 1 --lam 2 --set tau=2": ["lam", "tau"], "--lam 2": [],
+            "--prompt-only --lam 2 --set tau=2 swa=.1": ["lam", "swa"]}.items():
+        args = train.parser().parse_args(words.split())
+        assert options.idle_fields(args) == idle
+
+
+def test_a_number_loses_the_0_in_front_alone():
+    cells = {.5: ".500", -.25: "-.250", 10.: "10.000", 20.05: "20.050", 1.: "1.000"}
+    for x, text in cells.items():
+        assert report.decimals(x) == text
+
+
 def test_each_kind_of_run_has_a_folder_of_its_own():
     """The table of one must not take the place of another's."""
     names = {"": "default", "--table 1": "table1", "--table 2": "table2",
@@ -1018,6 +1035,12 @@ def test_every_number_and_every_picture(full, quick, here, monkeypatch, capsys):
     for key in ALL:
         assert key[:13] in out
     assert "shots" in out and "flip" in out
+    row = results_of(full[0])["rows"][-1]
+    ours = out[out.index("\nfaircon\n"):]
+    for name, value in (("gap", row["gap"]), ("alpha", 16.),
+                        ("without SWA, gap", row["without_swa"]["gap"])):
+        each = report.decimals(value, 4)
+        assert re.search(rf"^    {name} .* {re.escape(each)}$", ours, re.M), name
     with pytest.raises(InputError, match="needs a run"):
         monkeypatch.setattr(sys, "argv", ["report", "rounds"])
         report.main()
@@ -1053,7 +1076,7 @@ def test_ablation_trains_the_game_that_a_variant_names(here, monkeypatch):
     small = {"rounds": 1, "phi_steps": 1, "prompt_length": 8, "batch_size": 50}
     variants = {"written": ["texts", "Written", small],
                 "no-sex": ["sex left out", "Game",
-                           {**small, "adversaries": 0, "rows": False}]}
+                           {**small, "adversaries": 0, "labelled": False}]}
     config = {"data": str(adult.TINY), "test_rows": 24, "variants": variants}
     rows = []
     for name in variants:
