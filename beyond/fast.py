@@ -31,6 +31,7 @@ import faircon
 from adult import InputError
 from faircon import CLEAN
 
+AT_ONCE = 4096                # tokens in a batch of `predict`: larger is no faster
 CACHE_NUMBERS = 2 ** 27       # keys and values that `predict` copies: 0.5 GB in fp32
 SMALL = 512                   # hidden size below which one thread is as good as two
 
@@ -115,7 +116,7 @@ class FastModel(faircon.LanguageModel):
         config = self.model.config
         numbers = 2 * config.num_hidden_layers * config.hidden_size * positions
         room = CACHE_NUMBERS if self.device.type == "cpu" else 16 * CACHE_NUMBERS
-        return max(1, min(4096 // positions, room // numbers))
+        return max(1, min(AT_ONCE // positions, room // numbers))
 
     @torch.no_grad()
     def write(self, n, length, generator):
