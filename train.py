@@ -380,7 +380,7 @@ def run(args):
     check_shares(args, runs.join_processes())
     if idle_fields(args):
         say(f"note: no effect on this kind of run: {', '.join(idle_fields(args))}")
-    if runs.under_torchrun():
+    if runs.under_torchrun() and not (args.quick or args.prompt_only):
         say("note: the paper's row is left out, its batch of 9 has no equal shares")
     depends_on, data = prepare(args)
     keys = models_of(args) if args.table == 3 else [f"table{args.table}"]

@@ -50,7 +50,7 @@ class BothTwins(faircon.Game):
         super().__init__(model, both, options, seed)
 
 
-GAMES = (faircon.Game, Written, BothTwins)
+GAMES = {game.__name__: game for game in (faircon.Game, Written, BothTwins)}
 # name: (what is changed, the game, the options)
 VARIANTS = {
     "faircon": ("", faircon.Game, {}),
@@ -89,13 +89,12 @@ def run_variant(config, name, seed, folder):
     model, _ = load_model(adult.TINY, "float32", "cpu")
     data = train.load_data_once(config["data"])
     people = adult.split(data, 200, .5, config["test_rows"], seed)
-    changed, game_class, options = config["variants"][name]
+    changed, game_name, options = config["variants"][name]
     attributes = adult.ATTRIBUTES
     if name == "no-sex":
         attributes = tuple(a for a in adult.ATTRIBUTES if a != "sex")
-    game_class = {kind.__name__: kind for kind in GAMES}[game_class]
     lora.inject(model.model, seed=seed)
-    game = game_class(model, people.train, replace(DEFAULT, **options), seed)
+    game = GAMES[game_name](model, people.train, replace(DEFAULT, **options), seed)
     game.questions = model.questions(game.people, attributes)
     while game.done < game.options.rounds:
         game.round()

@@ -74,7 +74,7 @@ def flop_of(step):
 def cost_of_steps(args, batch_size, prompt_length, seconds=5.):
     """phi's and theta's step -> {"phi": texts/s, "theta": ..., "share": ..., "gb": ...}
 
-    theta's behind one prompt; the default game has two, so twice the time.
+    theta's step is behind one prompt here; in the default game it is behind two.
     share: theta's GFLOP/s in percent of the matrix rate.
     """
     model, _ = load_model(args.model, args.dtype, args.device)
