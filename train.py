@@ -30,6 +30,7 @@ import adult
 from adult import InputError
 from beyond import report, runs
 from beyond.options import check_kinds, check_shots, enough, idle_fields, parser
+from beyond.runs import say
 
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
@@ -306,12 +307,6 @@ def cases(table):
 
 
 # ------------------------------------------------------------------ the run
-
-def say(text):
-    """Print a line, in the one process that prints."""
-    if runs.leads():
-        print(text, flush=True)
-
 
 def prepare(args):
     """Load the data and the model, say what they are -> what the run depends on."""

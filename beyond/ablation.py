@@ -104,7 +104,7 @@ def run_variant(config, name, seed, folder):
            **faircon.measure(model, people.test, attributes=attributes)}
     if name != "no-sex":                     # there twins are one text: nothing to find
         row.update(attacks.short(model, data, people, seed))
-    print(f"  {name} {seed}: gap {row['gap']:.3f}", flush=True)
+    runs.say(f"  {name} {seed}: gap {row['gap']:.3f}")
     runs.write_json(place / "rows.json", [row])
     return [row]
 

@@ -500,7 +500,7 @@ def attack_model(folder, key, seed, asked):
 
     A row that is there, and was asked for in the same way, is not computed again.
     """
-    from beyond.runs import load_data, load_run, read_json, write_json
+    from beyond.runs import load_data, load_run, read_json, say, write_json
     place = pathlib.Path(folder) / f"{key}-{seed}" / f"attacks-{asked['kind']}.json"
     if place.exists() and read_json(place).get("asked") == asked:
         return read_json(place)["row"]
@@ -511,7 +511,7 @@ def attack_model(folder, key, seed, asked):
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     row = {"key": key, "seed": seed, **attack(model, people, data, asked["size"], seed)}
     write_json(place, {"asked": asked, "row": row})
-    print(f"  {key} {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+    say(f"  {key} {seed}: {time.perf_counter() - began:.0f} s")
     return row
 
 

@@ -354,6 +354,12 @@ def leads():
     return rank_of_process() == 0
 
 
+def say(text):
+    """Print a line, in the process that leads. One write: jobs share the terminal."""
+    if leads():
+        print(f"{text}\n", end="", flush=True)
+
+
 # ------------------------------------------------------------------ a finished run
 
 def load_run(folder, model="faircon", seed=None, model_path=None, device="auto"):

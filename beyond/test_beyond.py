@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import numpy
@@ -263,6 +264,16 @@ def test_table_3_is_printed_with_the_papers_figures_in_their_rows(full):
         assert re.search(r" \.\d{3}$", by_title[title]), "no figure of the paper's here"
     assert "note:" not in out
     assert not re.search(r"[^\x20-\x7e\n]", out), "no control character, no bar"
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """Else two jobs' lines run into each other where stdout is not buffered."""
+    written = []
+    stdout = types.SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    runs.say("a line")
+    monkeypatch.undo()
+    assert [text for text in written if text] == ["a line\n"]
 
 
 def test_no_line_is_wider_than_88_columns(full):
