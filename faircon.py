@@ -247,12 +247,9 @@ class Options:
     batch_size: int = 10           # people in a step of theta and of phi            [9]
     lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
     prompt_length: int = 560       # tokens of g; at most, where lengths are drawn  [10]
-    adversaries: int = 1           # distributions g_phi side by side                [1]
     phi_steps: int = 20            # in a round: as many as theta's, with 200 rows  [23]
     phi_lr: float = 3.             # Adam's, for phi                               [0.1]
     tau: float = 1.                # temperature of Gumbel-softmax                   [1]
-    renew: bool = True             # phi begins anew in each round              [False]
-    labelled: bool = True          # theta also meets unfair labelled rows       [False]
     log_odds: bool = True          # f_theta: log-odds, else probabilities  [all logits]
     swa: float = .4                # last share of the rounds that SWA averages; 6 of 16
     dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
@@ -310,15 +307,13 @@ class Adversary:
 class Game:
     """The alternating loop of section 3.1 (Figure 2)."""
 
-    def __init__(self, model, people, options, seed, sign=1):
+    def __init__(self, model, people, options, seed, adversary=True):
         self.model, self.people, self.options = model, people, options
         self.questions = model.questions(people)
         self.done = 0                                                 # rounds played
         self.rng = numpy.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.adversaries = []
-        for _ in range(options.adversaries):
-            self.adversaries.append(Adversary(model, options, self.generator, sign))
+        self.adversary = Adversary(model, options, self.generator) if adversary else None
         self.theta = lora.theta(model.model)
         self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
         self.swa = SWA(self.theta)
@@ -326,75 +321,31 @@ class Game:
     def round(self):
         """phi's half, then theta's: one pass over the people -> what happened."""
         with lora.merged(self.model.model):              # theta is not trained here
-            found = self.phi_half()
+            found = self.phi_half() if self.adversary else []
         terms = [self.theta_step(batch) for batch in self.batches()]
         self.done += 1
         t, d = numpy.mean(terms, 0).tolist()
         return {"round": self.done, "phi": found, "task": t, "distance": d}
 
     def phi_half(self):
-        """phi's turn, a few steps towards the argmax of Eq. (3), or the min of Eq. (4).
+        """phi's turn, a few steps towards the argmax of Eq. (3).
 
         -> [mean distance at the first step, at the last]; each step has other people,
         so that the two differ by these as well
         """
         self.start_phi()
-        first, last = [], []
-        for adversary in self.adversaries:
-            distances = []
-            for batch in self.batches(self.options.phi_steps):
-                questions = [self.questions[i] for i in batch]
-                distances.append(adversary.step(questions))
-            first += distances[:1]
-            last += distances[-1:]
-        return [float(numpy.mean(first)), float(numpy.mean(last))] if last else []
+        distances = []
+        for batch in self.batches(self.options.phi_steps):
+            questions = [self.questions[i] for i in batch]
+            distances.append(self.adversary.step(questions))
+        return [distances[0], distances[-1]] if distances else []
 
     def start_phi(self):
-        """Where phi begins in this round: at noise, in the paper once and for all.
-
-        NOT IN THE PAPER: anew in every round, since theta has moved meanwhile, and at a
-        length of its own.
-        """
-        if self.options.renew:
-            for adversary in self.adversaries:
-                adversary.start(adversary.noise(self.some_length()))
-
-    def some_length(self):
-        """1 to `prompt_length`: half of the time uniform, else in its logarithm."""
-        most = self.options.prompt_length
-        if self.rng.random() < .5:
-            return int(self.rng.integers(1, most + 1))
-        return round(most ** self.rng.random())
-
-    def unfair_rows(self):
-        """A prompt of labelled training rows at b_Pc = 1 or -1, as token ids.
-
-        Each row stands there as the sex that makes its label unfair: flipped, if need
-        be. The first one may be cut; one may be of a person who is being asked about.
-        """
-        length, ids = self.some_length(), []
-        favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men
-        while len(ids) < length:
-            person = self.people[self.rng.integers(len(self.people))]
-            sex = favoured if person.y == 1 else 1 - favoured
-            if person.s != sex:
-                person = adult.flipped(person)
-            ids += self.model.ids(adult.shot(person))
-        return ids[-length:]
+        """Where phi begins in a round: where it is."""
 
     def prompts(self):
-        """What stands in front in one step of theta: a sample of an adversary.
-
-        NOT IN THE PAPER: and labelled rows, section 2's unfair few-shot prompts, which
-        phi does not find. With neither, nothing stands there.
-        """
-        prompts = []
-        if self.adversaries:
-            chosen = self.adversaries[self.rng.integers(len(self.adversaries))]
-            prompts.append(chosen.sample_ids())
-        if self.options.labelled:
-            prompts.append(self.unfair_rows())
-        return prompts or [CLEAN]
+        """What stands in front in one step of theta: a sample of the adversary."""
+        return [self.adversary.sample_ids()] if self.adversary else []
 
     def theta_step(self, batch):
         """One step of theta down Eq. (3), phi frozen -> task and distance before it.
@@ -404,7 +355,7 @@ class Game:
         """
         people = [self.people[i] for i in batch]
         questions = [self.questions[i] for i in batch]
-        prompts = self.prompts()
+        prompts = self.prompts() or [CLEAN]
         terms = torch.zeros(2)
         lora.train(self.model.model, True)
         self.optimiser.zero_grad()
@@ -493,16 +444,16 @@ def lesson():
     climb_once(model, people, options)
     gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
-    print("\nnow try: lam = 0.1; then labelled=False. Which leaves a larger gap?")
+    print("\nnow try: lam = 0.1; then lam = 10. Which leaves a larger gap?")
 
 
 def climb_once(model, people, options):
     """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, prompt_length=20, phi_lr=2., labelled=False)
+    options = replace(options, prompt_length=20, phi_lr=2.)
     lora.inject(model.model)
     game = Game(model, people, options, seed=0)
-    adversary, questions, means = game.adversaries[0], game.questions[:20], []
+    adversary, questions, means = game.adversary, game.questions[:20], []
     for steps in (0, 8, 16):
         for _ in range(steps):
             adversary.step(questions)

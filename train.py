@@ -34,14 +34,13 @@ from beyond.runs import say
 
 # What the paper has, else its released code, option by option (faircon.Options).
 PAPER = {
-    "prompt_length": 10, "adversaries": 1, "phi_steps": 23, "phi_lr": .1,
-    "renew": False, "labelled": False, "log_odds": False,
+    "prompt_length": 10, "phi_steps": 23, "phi_lr": .1, "log_odds": False,
     "rounds": 10, "batch_size": 9, "lr": 5e-4, "rank": 32, "alpha": 16.,
     "dropout": .01, "tau": 1.}
 # phi_steps: a step for each of theta's, 200 rows by 9. log_odds: probabilities of all
 # tokens, our reading; the released code has their logits.
 QUICK = {"prompt_length": 100, "rounds": 6}
-TASK_ALONE = {"lam": 0., "adversaries": 0, "labelled": False}
+TASK_ALONE = {"lam": 0.}
 MODELS = {
     "always-0": ('always "0"', None),
     "not-trained": ("not trained", None),
@@ -49,8 +48,7 @@ MODELS = {
     "cda": ("both twins (CDA)", TASK_ALONE),
     "paper": ("FairCon, as the paper", PAPER),
     "faircon": ("FairCon", {})}
-FAIR_PROMPT = {"prompt_length": 10, "adversaries": 3, "renew": False,
-               "phi_steps": 20, "phi_lr": .3}
+FAIR_PROMPT = {"prompt_length": 10, "phi_steps": 20, "phi_lr": .3}
 EQUATION_4 = {
     "not-trained": ("no prompt", None),
     "random-prompt": ("a random prompt", None),
@@ -168,7 +166,9 @@ def play(model, people, config, key, seed, place):
     if key == "cda":                               # each row once as a man and a woman
         rows = rows + [adult.flipped(p) for p in rows]
         options = dataclasses.replace(options, batch_size=2 * options.batch_size)
-    game = faircon.Game(model, rows, options, seed)
+    from beyond.robust import RobustGame
+    kind = RobustGame if key == "faircon" else faircon.Game
+    game = kind(model, rows, options, seed, adversary=key in ("faircon", "paper"))
     told = runs.load_state(place) or {"history": [], "prompts": []}
     if "game" in told:
         runs.restore(game, told.pop("game"))
@@ -176,7 +176,7 @@ def play(model, people, config, key, seed, place):
     while game.done < options.rounds:
         history.append(game.round())
         say(f"  {key} {seed}  {line(history[-1], options.rounds)}")
-        found = [a.likeliest_ids() for a in game.adversaries]
+        found = [game.adversary.likeliest_ids()] if game.adversary else []
         told["prompts"] = [model.decode(g) for g in found]
         if runs.leads():
             runs.save_state(place, {"game": runs.state_of(game), **told})
@@ -201,15 +201,16 @@ def fair_prompt(model, people, config, seed, place):
     import lora
     options, rank, _ = options_of(config, "fair-prompt")
     lora.inject(model.model, rank)                 # B = 0 and never trained
-    game = faircon.Game(model, people.train, options, seed, sign=-1)
     history, found = [], []
+    game = faircon.Game(model, people.train, options, seed)
+    adversary = game.adversary
+    adversary.sign = -1
     for k in range(options.rounds):
         history.append({"round": k + 1, "phi": game.phi_half()})
         say(f"  fair-prompt {seed}  {line(history[-1], options.rounds)}")
-    for adversary in game.adversaries:
-        for _ in range(5):
-            g = adversary.sample_ids()
-            found.append((faircon.measure(model, people.validation, g)["gap"], g))
+    for _ in range(15):
+        g = adversary.sample_ids()
+        found.append((faircon.measure(model, people.validation, g)["gap"], g))
     return {"history": history, "g": min(found)[1]}
 
 
@@ -339,13 +340,11 @@ def prepare(args):
 
 def check_prompts(model, data, args, config):
     """InputError for a prompt beyond the context, or none at all."""
-    if args.prompt_only and options_of(config, "fair-prompt")[0].adversaries == 0:
-        raise InputError("--prompt-only needs an adversary; leave out adversaries=0.")
     longest = 0
     for key, (_, own) in models_of(args).items():
         if own is not None:
             options = options_of(config, key)[0]
-            longest = max(longest, options.prompt_length * (options.adversaries > 0))
+            longest = max(longest, options.prompt_length)
     before = len(model.prefix([model.usable[0]] * longest))
     model.check_length(before, model.questions(data.test[:20]))
 

@@ -59,10 +59,9 @@ def switch(text):
 # faircon.Options and LoRA's two, each with its type; what is no flag goes by --set.
 GAME = {
     "lam": number(float, 0, 1e9), "rounds": COUNT, "batch_size": COUNT, "lr": POSITIVE,
-    "prompt_length": COUNT, "adversaries": number(int, 0, 100),
+    "prompt_length": COUNT,
     "phi_steps": number(int, 0, 10 ** 6), "phi_lr": POSITIVE,
-    "tau": POSITIVE, "renew": switch,
-    "labelled": switch, "log_odds": switch, "swa": SHARE,
+    "tau": POSITIVE, "log_odds": switch, "swa": SHARE,
     "dropout": number(float, 0, .99),
     "rank": COUNT, "alpha": POSITIVE}
 
@@ -173,7 +172,7 @@ def idle_fields(args):
     given = [name for name in GAME if given.get(name) is not None]
     if args.table != 3:
         return given                                       # nothing is trained there
-    frozen = ("lam", "lr", "labelled", "swa", "dropout", "rank", "alpha")
+    frozen = ("lam", "lr", "swa", "dropout", "rank", "alpha")
     return [name for name in given if args.prompt_only and name in frozen]
 
 

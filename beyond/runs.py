@@ -202,10 +202,9 @@ def state_of(game):
     """
     import torch
     adversaries = []
-    if not game.options.renew:                         # else they begin anew each round
-        for adversary in game.adversaries:
-            adversaries.append({"phi": adversary.phi.detach(),
-                                "optimiser": adversary.optimiser.state_dict()})
+    if game.adversary:
+        adversaries.append({"phi": game.adversary.phi.detach(),
+                            "optimiser": game.adversary.optimiser.state_dict()})
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"done": game.done, "theta": [p.detach() for p in game.theta],
             "optimiser": game.optimiser.state_dict(), "adversaries": adversaries,
@@ -220,9 +219,9 @@ def restore(game, state):
     for p, saved in zip(game.theta, state["theta"]):
         p.data.copy_(saved)
     game.optimiser.load_state_dict(state["optimiser"])
-    for adversary, saved in zip(game.adversaries, state["adversaries"]):
-        adversary.start(saved["phi"])
-        adversary.optimiser.load_state_dict(saved["optimiser"])
+    for saved in state["adversaries"]:
+        game.adversary.start(saved["phi"])
+        game.adversary.optimiser.load_state_dict(saved["optimiser"])
     game.done = state["done"]
     average, game.swa.n = state["swa"]
     game.swa.average = [a.to(game.model.device) for a in average]
