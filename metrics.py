@@ -7,7 +7,7 @@
 
 p_m and p_f are P(y=1) of one person asked as a man and as a woman. Eq. (1) and (2) are
 observational: they compare the group of men with the group of women. The gap is
-counterfactual: it compares a person with themselves. Figure 1 is about the difference.
+counterfactual: it compares a person with themselves. Figure 1 shows the difference.
 
 PAPER: calls Eq. (2) M_deo in section 1.1 and M_eod in the tables. Below Eq. (1) it says
 "altering the sensitive attribute while keeping everything else constant", which is the
@@ -23,9 +23,9 @@ import numpy
 
 
 def rate(hits, of, what):
-    """Share of `hits` in the rows of the mask `of`; NaN and a warning if it is empty.
+    """Returns the share of `hits` in the rows of the mask `of`.
 
-    0 would turn "no data" into "perfectly fair".
+    NaN, with a warning, if it is empty: 0 would make "no data" look perfectly fair.
     """
     if not of.any():
         warnings.warn(f"nobody has {what}: the metric is undefined (NaN)", stacklevel=3)
@@ -41,7 +41,7 @@ def dpd(yhat, s):
 def deo(yhat, y, s):
     """Eq. (2), difference of equalised odds, in [0, 2]. yhat, y, s: (N,) of 0 and 1.
 
-    A SUM over y. fairlearn's `equalized_odds_difference` is the maximum.
+    This is the SUM over y; fairlearn's `equalized_odds_difference` is the maximum.
     """
     total = 0.
     for k in (0, 1):
@@ -54,50 +54,38 @@ def deo(yhat, y, s):
 def evaluate(p, y, s):
     """p (N, 2): P(y=1) asked as a man and as a woman; y, s (N,) -> dict for Table 3.
 
-    The answer yhat is p > 1/2 under the person's own sex. Predictions that are not
-    numbers make every metric NaN, with a warning: NaN > 1/2 is False, and would pass
-    for a model that answers 0 to everybody, men and women alike.
+    The answer yhat is 1 where p > 1/2, asked as the person's own sex. If any p is NaN,
+    every metric is, with a warning: NaN > 1/2 is False, so such a model would look like
+    one that answers 0 to everybody, which is perfectly fair.
     """
     p, y, s = numpy.asarray(p, float), numpy.asarray(y), numpy.asarray(s)
-    names = ("acc", "dpd", "deo", "gap", "signed_gap", "flip", "positives")
+    as_man, as_woman = p.T                                      # (N,) each
+    own = numpy.where(s == 0, as_man, as_woman)
+    yhat = own > .5
+    change = as_man - as_woman                                  # p_m - p_f
+    flipped = (as_man > .5) != (as_woman > .5)
+    found = {
+        "acc": (yhat == y).mean(),
+        "dpd": dpd(yhat, s),
+        "deo": deo(yhat, y, s),
+        "gap": abs(change).mean(),
+        "signed_gap": change.mean(),
+        "flip": flipped.mean(),
+        "positives": yhat.mean(),
+    }
     if numpy.isnan(p).any():
         warnings.warn("predictions are NaN: every metric is undefined", stacklevel=2)
-        return dict.fromkeys(names, float("nan"))
-    yhat = p[numpy.arange(len(y)), s] > .5                      # (N,)
-    change = p[:, 0] - p[:, 1]                                  # p_m - p_f
-    flipped = (p[:, 0] > .5) != (p[:, 1] > .5)
-    values = ((yhat == y).mean(), dpd(yhat, s), deo(yhat, y, s), abs(change).mean(),
-              change.mean(), flipped.mean(), yhat.mean())
-    return {name: float(value) for name, value in zip(names, values)}
-
-
-def bootstrap(p, y, s, draws=200, seed=0):
-    """95 % intervals of `evaluate` over people, drawn again with their twin.
-
-    -> {name: [low, high]}
-    """
-    p, y, s = numpy.asarray(p, float), numpy.asarray(y), numpy.asarray(s)
-    rng = numpy.random.default_rng(seed)
-    drawn = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")          # an empty cell: `evaluate` has said it
-        for _ in range(draws):
-            rows = rng.integers(len(y), size=len(y))
-            drawn.append(evaluate(p[rows], y[rows], s[rows]))
-        intervals = {}
-        for name in drawn[0]:
-            values = [one[name] for one in drawn]
-            intervals[name] = numpy.nanquantile(values, [.025, .975]).tolist()
-    return intervals
+        return dict.fromkeys(found, float("nan"))
+    return {name: float(value) for name, value in found.items()}
 
 
 # ------------------------------------------------------------------ the lesson
 
 def figure_1(s_shapes_x, model_uses_s, n=200_000, seed=0):
-    """A world (case 1 or 2 of Figure 1) and a model -> its metrics.
+    """Returns the metrics of a model in a world: case 1 or case 2 of Figure 1.
 
-    In both worlds y depends on X alone. In the paper's figure the model always uses s;
-    NOT IN THE PAPER: one that does not, for comparison.
+    In both worlds y depends only on X. In the paper's figure the model always uses s.
+    NOT IN THE PAPER: a model that does not, for comparison.
     """
     rng = numpy.random.default_rng(seed)
     s = rng.integers(2, size=n)
@@ -118,11 +106,12 @@ def lesson():
                   f"{m['gap']:6.3f}")
             assert (m["gap"] > 0) == bool(uses_s), "the gap sees whether s is used"
     innocent = figure_1(1, 0)
-    print("\nIn case 1 the model that never looks at s has gap 0, and still a DPD of "
-          f"{innocent['dpd']:.2f}\nand a DEO of {innocent['deo']:.2f}: men and women "
-          "differ in X. In both worlds only the gap\ntells a model that uses s from "
-          "one that does not.")
-    print("\nnow try: a model that weighs X less for women. Which metric sees it?")
+    print("\nIn case 1 the model that never looks at s has a gap of 0, but a DPD of "
+          f"{innocent['dpd']:.2f}\nand a DEO of {innocent['deo']:.2f}, because men and "
+          "women differ in X. In both worlds only\nthe gap tells a model that uses s "
+          "from one that does not.")
+    print("\nnow try: halve X for women, x * (1 - model_uses_s * asked_as / 2). Which "
+          "metric sees it?")
 
 
 if __name__ == "__main__":
