@@ -12,11 +12,11 @@
                distribution; phi are its logits                    Adversary
     x_m, x_f   one person's text as a man and as a woman           adult.twins
     task       the L of Eq. (3)                                    task
-    the loop   a round: phi attacks, then theta answers            Game.round
+    the loop   phi climbs, then theta descends, and again          Game.play
 
 PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. Eq. (4) is called "one
-part" of Eq. (3); that part maximises, Eq. (4) minimises: Adversary.sign. "ADMM" is
-plain alternation; there is no dual variable.
+part" of Eq. (3); that part maximises, Eq. (4) minimises: `sign` in Adversary.step.
+"ADMM" is plain alternation; there is no dual variable.
 PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
 released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
 p(0): on the same people their distance is at least four times the gap of the tables.
@@ -24,38 +24,43 @@ The released step of theta has no distance and no lam in it.
 
     python faircon.py      # the game on forty people, step by step
 """
+import copy
+import inspect
 import math
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 
 import numpy
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import DynamicCache
 
 import adult
 import lora
 import metrics
 from adult import InputError
-from gumbel import gumbel_noise, gumbel_softmax
+from gumbel import gumbel_noise, sample_embeddings
 from swa import SWA
 
-CLEAN = None                                          # the empty prompt
+NO_PROMPT = None
+AT_ONCE = 8192        # tokens of copied prefixes in a batch of `predict`: bounds memory
 
 
 # ------------------------------------------------------------------ f_theta
 
 class LanguageModel:
-    """f_theta: a causal language model, its tokenizer, the two answer tokens.
-
-    This is the definition. beyond/fast.py computes the same numbers (tested, value and
-    gradient) without reading twice what texts share, and is what train.py uses.
-    """
+    """f_theta: a causal language model, its tokenizer, the two answer tokens."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
-        self.embed = model.get_input_embeddings().weight                     # (V, D)
+        self.dtype = answer_in_float32(model)
+        self.embed = embeddings(model)                                       # (V, D)
         self.window = getattr(model.config, "max_position_embeddings", math.inf)
+        # transformers before 5.24 calls the cache by another name.
+        known = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.bos = self.beginning()
         self.answers = torch.tensor(self.answer_tokens(), device=self.device)
         self.usable = self.usable_tokens()
@@ -115,6 +120,9 @@ class LanguageModel:
         words = self.tokenizer.batch_decode([[i] for i in every])
         again = self.tokenizer(words, add_special_tokens=False)["input_ids"]
         special = set(self.tokenizer.all_special_ids)
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special:
+                special.add(i)
         usable = []
         for i in every:
             if again[i] == [i] and i not in special and "\ufffd" not in words[i]:
@@ -129,53 +137,83 @@ class LanguageModel:
 
     # ---- the forward pass
 
-    def prefix(self, g=CLEAN, context=adult.INSTRUCTION):
+    def prefix(self, g=NO_PROMPT, context=adult.INSTRUCTION):
         """Embeddings (P, D) of what stands before the question:
 
             BOS   g   newline   context
 
-        g: CLEAN, token ids, or one-hot rows (L, V) that carry a gradient.
+        g: NO_PROMPT, token ids, or embeddings (L, D) that carry a gradient.
         context: the instruction, or a few-shot prompt, which begins with it.
         """
         context = self.embed[self.ids(context)]
         bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
-        if g is CLEAN:
+        if g is NO_PROMPT:
             return torch.cat([bos, context])
-        g = g.to(self.embed.dtype) @ self.embed if torch.is_tensor(g) else self.embed[g]
+        g = g if torch.is_tensor(g) else self.embed[g]
         return torch.cat([bos, g, self.embed[self.ids("\n")], context])
 
     def __call__(self, prefix, questions):
-        """-> float32 logits (2, B, V) at the answer; twin 0 is the man. InputError."""
+        """-> float32 logits (K, B, V) at the answer. InputError: too long.
+
+        questions: for each of B people K token lists; two (the man's, the woman's) or
+        one. What several texts begin with is read once; the gradient is exact.
+        """
+        return self.answer(self.read(prefix, questions), questions)
+
+    def read(self, prefix, questions):
+        """Keys and values of a prefix (P, D), read once for everybody."""
         self.check_length(len(prefix), questions)
-        texts = []
-        for s in (0, 1):
-            for twins in questions:
-                texts.append(torch.cat([prefix, self.embed[twins[s]]]))      # (T, D)
-        last = torch.tensor([len(x) - 1 for x in texts], device=self.device)
-        x = pad_sequence(texts, batch_first=True)      # (2B, T, D), padded at the end
-        logits = self.model(inputs_embeds=x, use_cache=False).logits     # (2B, T, V)
-        logits = logits[torch.arange(len(x), device=self.device), last]      # (2B, V)
-        return logits.float().view(2, len(questions), -1)
+        cache = DynamicCache()
+        self.run(prefix[None], cache)
+        return cache
+
+    def answer(self, cache, questions):
+        """Logits (K, B, V) given a prefix that was read; the cache is used up."""
+        B, K = len(questions), len(questions[0])
+        head = min(shared(texts) for texts in questions)
+        cache.batch_repeat_interleave(B)
+        if head:                             # once for a person: what the twins share
+            heads = torch.tensor([texts[0][:head] for texts in questions])
+            self.run(self.embed[heads.to(self.device)], cache)          # (B, head, D)
+        cache.batch_repeat_interleave(K)                    # twins lie side by side
+        tails = []
+        for texts in questions:
+            for text in texts:
+                tails.append(torch.tensor(text[head:], device=self.device))
+        last = torch.tensor([len(tail) - 1 for tail in tails], device=self.device)
+        ends, place = last.unique(return_inverse=True)
+        tails = pad_sequence(tails, batch_first=True)     # padded behind the answer,
+        logits = self.run(self.embed[tails], cache, ends)      # where nobody looks
+        logits = logits[torch.arange(B * K, device=self.device), place]     # (B K, V)
+        return logits.float().view(B, K, -1).transpose(0, 1)
+
+    def run(self, x, cache, keep=1):
+        """Embeddings x (N, T, D) after a cache, which they join -> logits at `keep`."""
+        x = x.to(self.dtype)
+        memory = {self.cache_name: cache, "use_cache": True}
+        return self.model(inputs_embeds=x, logits_to_keep=keep, **memory).logits
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
         longest = before
-        for twins in questions:
-            longest = max(longest, before + max(map(len, twins)))
+        for texts in questions:
+            longest = max(longest, before + max(map(len, texts)))
         if longest > self.window:
             raise InputError(f"prompt and question are {longest} tokens and the "
                              f"model's context is {self.window}; use a shorter prompt "
-                             "(--prompt-length) or fewer shots (--shots).")
+                             "(--prompt-length, --longest) or fewer --shots.")
 
     @torch.no_grad()
-    def predict(self, questions, g=CLEAN, context=adult.INSTRUCTION, batch=64):
+    def predict(self, questions, g=NO_PROMPT, context=adult.INSTRUCTION, batch=64):
         """-> P(y=1 | y is 0 or 1) of each person as a man and as a woman, (N, 2).
 
         InputError when the model gives numbers that are none.
         """
         prefix, parts = self.prefix(g, context), []
+        cache = self.read(prefix, questions)
+        batch = max(1, min(batch, AT_ONCE // len(prefix)))
         for i in range(0, len(questions), batch):
-            logits = self(prefix, questions[i:i + batch])
+            logits = self.answer(copy.deepcopy(cache), questions[i:i + batch])
             parts.append(self.p_yes(logits).T)                               # (B, 2)
         return self.finite(torch.cat(parts))
 
@@ -189,115 +227,144 @@ class LanguageModel:
                              "weights are damaged, or need --dtype float32.")
         return p.double().cpu().numpy()
 
-    @torch.no_grad()
-    def write(self, n, length, generator):
-        """n texts of `length` tokens, written by the model itself -> ids, n lists."""
-        x = self.prefix().expand(n, -1, -1)
-        texts = []
-        for _ in range(length):
-            logits = self.model(inputs_embeds=x, use_cache=False).logits[:, -1]
-            texts.append(self.draw(logits, generator))                       # (n, 1)
-            x = torch.cat([x, self.embed[texts[-1]]], 1)
-        return torch.cat(texts, 1).tolist()
 
-    def draw(self, logits, generator):
-        """One usable token for each row of logits (n, V) -> (n, 1)."""
-        p = (logits.float() + self.mask).softmax(-1).cpu()
-        return torch.multinomial(p, 1, generator=generator).to(self.device)
+def answer_in_float32(model):
+    """Let a bf16 model compute its logits in float32 -> the dtype of its blocks.
+
+    In bf16 logits of about 20 come in steps of .125, and log-odds with them.
+    """
+    dtype = min({p.dtype for p in model.parameters()}, key=lambda dtype: dtype.itemsize)
+    head = model.get_output_embeddings()
+    if head.weight.dtype != torch.float32:
+        head.float()                        # and the embeddings, where they are tied
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return dtype
+
+
+def embeddings(model):
+    """What the embedding module gives for every token (V, D).
+
+    Gemma's multiplies by sqrt(D), so the weight is not always it.
+    """
+    module = model.get_input_embeddings()
+    if type(module) is torch.nn.Embedding:
+        return module.weight
+    every = torch.arange(module.num_embeddings, device=module.weight.device)
+    return module(every).detach()
+
+
+def shared(texts):
+    """How many tokens all texts begin with; each keeps one token of its own."""
+    n = 0
+    for column in zip(*(text[:-1] for text in texts)):
+        if len(set(column)) > 1:
+            break
+        n += 1
+    return n
 
 
 # ------------------------------------------------------------------ the two terms
 
-def task(logits, people, answers):
-    """L of Eq. (3): cross-entropy of the answer, on the twin with the own sex."""
-    s = torch.tensor([p.s for p in people], device=logits.device)
-    y = torch.tensor([p.y for p in people], device=logits.device)
-    own = logits[s, torch.arange(len(people), device=logits.device)]         # (B, V)
+def task(own, people, answers):
+    """L of Eq. (3): cross-entropy of the answer; logits (B, V) as people's own sex."""
+    y = torch.tensor([p.y for p in people], device=own.device)
     return F.cross_entropy(own, answers[y])
 
 
-def distance(logits, answers, log_odds=True):
+def distance(logits, answers):
     """Mean over people of || f(g, x_m) - f(g, x_f) ||_2, Eq. (3); logits (2, B, V).
 
-    f: log-odds of the two answers, one number; or the probabilities of all tokens,
-    which hardly differ where the model is sure, however far apart its log-odds are.
+    f: the log-odds of the two answers, one number, so the norm is an absolute value.
     1e-8 keeps the root differentiable where twins agree.
     """
-    if log_odds:
-        f = logits[..., answers[1:]] - logits[..., answers[:1]]              # (2, B, 1)
-    else:
-        f = logits.softmax(-1)                                               # (2, B, V)
-    return ((f[0] - f[1]).pow(2).sum(-1) + 1e-8).sqrt().mean()
+    f = logits[..., answers[1]] - logits[..., answers[0]]                # (2, B)
+    return ((f[0] - f[1]).pow(2) + 1e-8).sqrt().mean()
 
 
-def measure(model, people, g=CLEAN, context=adult.INSTRUCTION,
+def measure(model, people, g=NO_PROMPT, context=adult.INSTRUCTION,
             attributes=adult.ATTRIBUTES):
     """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
     p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
     return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
 
 
-# ------------------------------------------------------------------ phi
+# ------------------------------------------------------------------ options
+
+def option(default, low, high, meaning):
+    """A field of Options: its value, its range, what it means (train.py's --help)."""
+    return field(default=default, metadata={"range": (low, high), "help": meaning})
+
 
 @dataclass
 class Options:
-    """The game's settings; in brackets what the paper, else its released code, has."""
-    lam: float = 1.                # weight of the distance in Eq. (3)
-    rounds: int = 16               # rounds of the game, each a pass over the rows  [10]
-    batch_size: int = 10           # people in a step of theta and of phi            [9]
-    lr: float = 2e-3               # AdamW's, for theta                           [5e-4]
-    prompt_length: int = 560       # tokens of g; at most, where lengths are drawn  [10]
-    phi_steps: int = 20            # in a round: as many as theta's, with 200 rows  [23]
-    phi_lr: float = 3.             # Adam's, for phi                               [0.1]
-    tau: float = 1.                # temperature of Gumbel-softmax                   [1]
-    log_odds: bool = True          # f_theta: log-odds, else probabilities  [all logits]
-    swa: float = .4                # last share of the rounds that SWA averages; 6 of 16
-    dropout: float = 0.            # on LoRA's input; each twin its own mask      [0.01]
+    """The game's settings: what the paper has, else its released code.
 
+    InputError for a value outside its range.
+    """
+    lam: float = option(1., 0, 1e9, "weight of the distance in Eq. (3)")
+    rounds: int = option(10, 1, 10 ** 6, "rounds of the game, each a pass of theta")
+    batch_size: int = option(9, 1, 10 ** 6, "people in a step of theta and of phi")
+    lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
+    rank: int = option(32, 1, 10 ** 6, "r of LoRA (released 4)")
+    alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
+    dropout: float = option(.01, 0, .99, "on LoRA's input")
+    prompt_length: int = option(10, 1, 10 ** 6, "tokens of the adversary's prompt g")
+    phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
+    phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
+    tau: float = option(1., 1e-30, 1e9, "temperature of Gumbel-softmax")
+    swa: float = option(.4, 0, 1, "the last share of the rounds, which SWA averages")
+
+    def __post_init__(self):
+        for f in fields(self):
+            low, high = f.metadata["range"]
+            value = getattr(self, f.name)
+            if not low <= value <= high:
+                raise InputError(f"{f.name} = {value} is impossible: it lies between "
+                                 f"{low:g} and {high:g}.")
+
+
+# ------------------------------------------------------------------ phi
 
 class Adversary:
-    """g_phi: for each of L positions a categorical distribution over V tokens.
+    """g_phi: for each of L places a categorical distribution over V tokens."""
 
-    sign: +1 makes the prompt unfair, Eq. (3); -1 makes it fair, Eq. (4).
-    """
-
-    def __init__(self, model, options, generator, sign=1):
+    def __init__(self, model, options, generator):
         self.model, self.options, self.generator = model, options, generator
-        self.sign = sign
-        self.start(self.noise(options.prompt_length))
+        self.start(self.initial_phi(options.prompt_length))
 
-    def noise(self, length):
-        """phi that prefers no token on purpose: standard normal, as released."""
+    def initial_phi(self, length):
+        """phi (L, V) that prefers no token on purpose: standard normal, as released."""
         return torch.randn(length, len(self.model.embed), generator=self.generator)
 
     def start(self, phi):
         """Begin at phi (L, V), with a fresh Adam."""
         self.phi = phi.to(self.model.device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phi], lr=self.options.phi_lr)
+        self.optimiser = torch.optim.Adam([self.phi], self.options.phi_lr, fused=True)
 
     def sample(self):
-        """A prompt, one-hot (L, V), differentiable in phi; both twins get the SAME."""
+        """A prompt -> its ids (L,) and embeddings (L, D), differentiable in phi."""
         noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
-        return gumbel_softmax(self.phi + self.model.mask, self.options.tau, noise=noise)
+        noise += self.model.mask                         # -inf: this token is not drawn
+        return sample_embeddings(self.phi, self.model.embed, self.options.tau, noise)
 
+    @torch.no_grad()
     def sample_ids(self):
-        return self.sample().argmax(-1).tolist()
+        return self.sample()[0].tolist()
 
     def likeliest_ids(self):
         """The most probable token of each place: what phi stands for, without luck."""
         return (self.phi + self.model.mask).argmax(-1).tolist()
 
-    def step(self, questions):
-        """One step of phi up (sign +1) or down (-1) the distance, theta frozen.
+    def step(self, questions, sign=1):
+        """One step of phi, theta frozen; both twins get the same sample.
 
-        -> the distance before it
+        sign +1: up the distance, Eq. (3). -1: down, Eq. (4). -> the distance before it
         """
-        prefix = self.model.prefix(self.sample())
-        logits = self.model(prefix, questions)                           # (2, B, V)
-        d = distance(logits, self.model.answers, self.options.log_odds)
-        loss = -self.sign * d
-        gradient, = torch.autograd.grad(loss, self.phi)
-        self.phi.grad = average_over_processes(gradient)
+        self.phi.grad = None                      # before another one of its size is made
+        ids, g = self.sample()
+        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
+        d = distance(logits, self.model.answers)
+        self.phi.grad, = torch.autograd.grad(-sign * d, self.phi)
         self.optimiser.step()
         return d.item()
 
@@ -305,113 +372,128 @@ class Adversary:
 # ------------------------------------------------------------------ the game, Eq. (3)
 
 class Game:
-    """The alternating loop of section 3.1 (Figure 2)."""
+    """The alternating loop of section 3.1 (Figure 2).
 
-    def __init__(self, model, people, options, seed, adversary=True):
-        self.model, self.people, self.options = model, people, options
+    adversary False: theta trains without a prompt, and with lam = 0 that is plain
+    fine-tuning. `bar`: show a progress bar within a round.
+    """
+
+    def __init__(self, model, people, options, seed, adversary=True, bar=False):
+        lora.inject(model.model, options.rank, options.alpha, options.dropout, seed)
+        self.model, self.people, self.options, self.bar = model, people, options, bar
         self.questions = model.questions(people)
-        self.done = 0                                                 # rounds played
         self.rng = numpy.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.adversary = Adversary(model, options, self.generator) if adversary else None
+        self.adversary = None
+        if adversary:
+            self.adversary = Adversary(model, options, self.generator)
         self.theta = lora.theta(model.model)
         self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
         self.swa = SWA(self.theta)
+        self.done = 0                                                 # rounds played
 
-    def round(self):
-        """phi's half, then theta's: one pass over the people -> what happened."""
-        with lora.merged(self.model.model):              # theta is not trained here
-            found = self.phi_half() if self.adversary else []
-        terms = [self.theta_step(batch) for batch in self.batches()]
-        self.done += 1
-        t, d = numpy.mean(terms, 0).tolist()
-        return {"round": self.done, "phi": found, "task": t, "distance": d}
+    def play(self):
+        """Play the rounds that are left; yields what happened in each."""
+        while self.done < self.options.rounds:
+            record = {"round": self.done + 1}
+            if self.adversary:
+                record["phi"] = self.phi_half()
+            record.update(self.theta_half())
+            self.done += 1
+            yield record
 
     def phi_half(self):
-        """phi's turn, a few steps towards the argmax of Eq. (3).
+        """phi's turn, a few steps towards the argmax of Eq. (3); theta is frozen.
 
-        -> [mean distance at the first step, at the last]; each step has other people,
+        -> the distance at the first step and at the last; each step has other people,
         so that the two differ by these as well
         """
         self.start_phi()
         distances = []
-        for batch in self.batches(self.options.phi_steps):
-            questions = [self.questions[i] for i in batch]
-            distances.append(self.adversary.step(questions))
+        with lora.merged(self.model.model):               # the base model's own speed
+            for batch in self.watch(self.batches(self.options.phi_steps), "phi"):
+                questions = [self.questions[i] for i in batch]
+                distances.append(self.adversary.step(questions))
         return [distances[0], distances[-1]] if distances else []
 
     def start_phi(self):
         """Where phi begins in a round: where it is."""
 
-    def prompts(self):
-        """What stands in front in one step of theta: a sample of the adversary."""
-        return [self.adversary.sample_ids()] if self.adversary else []
+    def theta_half(self):
+        """theta's turn: one pass over the people, phi is frozen -> the terms' means."""
+        steps = []
+        for batch in self.watch(self.batches(), "theta"):
+            steps.append(self.theta_step(batch))
+        return mean_of(steps)
 
     def theta_step(self, batch):
-        """One step of theta down Eq. (3), phi frozen -> task and distance before it.
+        """One step of theta down Eq. (3) -> its terms before the step.
 
         The loss is the mean over the prompts; a backward pass for each keeps one graph
         in memory. Gradients are clipped to norm 1 (neither paper nor released code).
         """
-        people = [self.people[i] for i in batch]
-        questions = [self.questions[i] for i in batch]
-        prompts = self.prompts() or [CLEAN]
-        terms = torch.zeros(2)
-        lora.train(self.model.model, True)
+        prompts = self.prompts() or [NO_PROMPT]
+        found = []
+        lora.set_dropout(self.model.model, True)
         self.optimiser.zero_grad()
         for g in prompts:
-            logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
-            t = task(logits, people, self.model.answers)
-            d = distance(logits, self.model.answers, self.options.log_odds)
-            loss = t + self.options.lam * d                                  # Eq. (3)
+            terms = self.terms(g, batch)
+            loss = terms["task"]
+            if "distance" in terms:
+                loss = loss + self.options.lam * terms["distance"]           # Eq. (3)
             (loss / len(prompts)).backward()
-            terms += torch.stack([t, d]).detach().cpu() / len(prompts)
-        lora.train(self.model.model, False)
-        terms = average_over_processes(terms)
-        if not terms.isfinite().all():
+            found.append({name: term.item() for name, term in terms.items()})
+        lora.set_dropout(self.model.model, False)
+        means = mean_of(found)
+        if not numpy.isfinite(list(means.values())).all():
             raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
                              f"lr ({self.options.lr}) or lam ({self.options.lam}).")
-        for p in self.theta:
-            p.grad = average_over_processes(p.grad)
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
         left = self.options.rounds - self.done             # this round is one of them
         if left <= self.options.swa * self.options.rounds:
             self.swa.update()               # section 4.2, at every step of these rounds
-        return terms.tolist()
+        return means
+
+    def prompts(self):
+        """What stands in front in one step of theta: a sample of the adversary."""
+        return [self.adversary.sample_ids()] if self.adversary else []
+
+    def terms(self, g, batch):
+        """The two terms of Eq. (3) given a prompt; with lam = 0 the task only.
+
+        The task asks each person as their own sex, and lam = 0 reads no other twin.
+        """
+        people = [self.people[i] for i in batch]
+        prefix, answers = self.model.prefix(g), self.model.answers
+        if self.options.lam == 0:
+            own = [[self.questions[i][self.people[i].s]] for i in batch]
+            return {"task": task(self.model(prefix, own)[0], people, answers)}
+        logits = self.model(prefix, [self.questions[i] for i in batch])      # (2, B, V)
+        s = torch.tensor([p.s for p in people])
+        own = logits[s, torch.arange(len(people))]                           # (B, V)
+        return {"task": task(own, people, answers),
+                "distance": distance(logits, answers)}
 
     def batches(self, n=None):
         """One pass over the people in random order, or n batches, pass after pass."""
         size, batches = self.options.batch_size, []
         while n is None or len(batches) < n:
             order = self.rng.permutation(len(self.people))
-            for i in range(0, len(order), size):
-                batches.append(mine(order[i:i + size]))
+            batches += [order[i:i + size] for i in range(0, len(order), size)]
             if n is None:
                 break
         return batches[:n]
 
-
-# ---- several processes (torchrun): each takes its share of every batch
-
-def several_processes():
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    def watch(self, batches, name):
+        """The batches, with a bar on a terminal: some models take minutes a round."""
+        return tqdm(batches, name, leave=False, disable=None if self.bar else True)
 
 
-def mine(batch):
-    """This process's share of a batch."""
-    if several_processes():
-        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return batch[rank::size]
-    return batch
-
-
-def average_over_processes(tensor):
-    if several_processes():
-        tensor = tensor.contiguous()
-        torch.distributed.all_reduce(tensor)
-        tensor /= torch.distributed.get_world_size()
-    return tensor
+def mean_of(records):
+    """Dicts of the same names -> their means."""
+    return {name: float(numpy.mean([one[name] for one in records]))
+            for name in records[0]}
 
 
 # ------------------------------------------------------------------ the lesson
@@ -427,6 +509,44 @@ def show_people(model, people):
         print(f"    {who:<26} {person.y} {p_m:12.3f} {p_f:16.3f}")
 
 
+def climb(model, people, steps=24):
+    """One adversary, its steps up the distance while theta is frozen."""
+    print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
+    options = Options(prompt_length=20, phi_lr=2., rank=4)
+    game = Game(model, people, options, seed=0)
+    adversary, questions, means = game.adversary, game.questions[:20], []
+    for step in range(steps + 1):
+        if step % 8 == 0:
+            means.append(mean_distance(adversary, questions))
+            text = model.decode(adversary.sample_ids())
+            print(f"    step {step:<3} distance {means[-1]:.3f}   g = {text[:40]!r}")
+        adversary.step(questions)
+    assert means[-1] > 1.3 * means[0], "phi maximises"
+
+
+@torch.no_grad()
+def mean_distance(adversary, questions, samples=6):
+    """The distance under an adversary, mean of a few of its prompts."""
+    model, seen = adversary.model, []
+    for _ in range(samples):
+        logits = model(model.prefix(adversary.sample_ids()), questions)
+        seen.append(distance(logits, model.answers).item())
+    return numpy.mean(seen)
+
+
+def play(model, people, test, lam):
+    """The paper's game on a few people -> the gap on test people at the end."""
+    print(f"\nthe game at lam = {lam:g}: 40 people, gap on 40 others"
+          "\n    round   phi: distance    theta: task     gap")
+    options = Options(lam=lam, rounds=4, batch_size=8, lr=2e-3, phi_steps=5, phi_lr=2.)
+    for record in Game(model, people, options, seed=0).play():
+        gap = measure(model, test)["gap"]
+        first, last = record["phi"]
+        print(f"    {record['round']:<7} {first:.3f} -> {last:.3f} "
+              f"{record['task']:13.3f} {gap:10.3f}", flush=True)
+    return gap
+
+
 def lesson():
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.disable_progress_bar()
@@ -439,57 +559,10 @@ def lesson():
     people = adult.sample(data.train, 40, .5, rng)
     test = adult.sample(data.test, 40, 0., rng)
     show_people(model, people)
-
-    options = Options(rounds=4, prompt_length=30, phi_steps=10)
-    climb_once(model, people, options)
-    gaps = [play(model, people, test, replace(options, lam=lam)) for lam in (0., 1.)]
+    climb(model, people)
+    gaps = [play(model, people, test, lam) for lam in (0., 1.)]
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
-    print("\nnow try: lam = 0.1; then lam = 10. Which leaves a larger gap?")
-
-
-def climb_once(model, people, options):
-    """One adversary, 24 steps up; then three of theta's steps behind its prompts."""
-    print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = replace(options, prompt_length=20, phi_lr=2.)
-    lora.inject(model.model)
-    game = Game(model, people, options, seed=0)
-    adversary, questions, means = game.adversary, game.questions[:20], []
-    for steps in (0, 8, 16):
-        for _ in range(steps):
-            adversary.step(questions)
-        means.append(mean_distance(adversary, questions))
-        text = model.decode(adversary.sample_ids())
-        print(f"    {steps:>2} more steps: distance {means[-1]:.3f}  g = {text[:40]!r}")
-    assert means[-1] > 1.3 * means[0], "phi maximises"
-    terms = [game.theta_step(range(20)) for _ in range(3)]
-    print("theta descends: phi is frozen, three steps down task + lam * distance")
-    for step, (t, d) in enumerate(terms):
-        print(f"    step {step:<3} task {t:.3f}   distance {d:.3f}")
-
-
-@torch.no_grad()
-def mean_distance(adversary, questions, samples=6):
-    """The distance under an adversary, mean of a few of its prompts."""
-    model, seen = adversary.model, []
-    for _ in range(samples):
-        logits = model(model.prefix(adversary.sample()), questions)
-        seen.append(distance(logits, model.answers).item())
-    return numpy.mean(seen)
-
-
-def play(model, people, test, options):
-    """A few rounds of the game -> the gap on test people at the end."""
-    print(f"\nthe game at lam = {options.lam:g}: 40 people, gap on 40 others"
-          "\n    round   phi: distance    theta: task   distance     gap")
-    lora.inject(model.model)
-    game = Game(model, people, options, seed=0)
-    for _ in range(options.rounds):
-        seen = game.round()
-        gap = measure(model, test)["gap"]
-        first, last = seen["phi"]
-        print(f"    {seen['round']:<7} {first:.3f} -> {last:.3f} {seen['task']:13.3f} "
-              f"{seen['distance']:10.3f} {gap:7.3f}", flush=True)
-    return gap
+    print("\nnow try: lam = 0.1 in `lesson`. How much of the gap is left?")
 
 
 if __name__ == "__main__":

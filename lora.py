@@ -64,7 +64,7 @@ def inject(model, r=32, alpha=16, dropout=0., seed=0):
     for parent, name in found:
         layer = LoRALinear(getattr(parent, name), r, alpha, dropout, generator)
         setattr(parent, name, layer)
-    train(model, False)
+    set_dropout(model, False)
     return list(adapters(model).values())
 
 
@@ -108,10 +108,10 @@ def theta(model):
     return parameters
 
 
-def train(model, mode):
+def set_dropout(model, on):
     """LoRA's dropout on or off; the frozen model's own dropout stays off."""
     for layer in adapters(model).values():
-        layer.train(mode)
+        layer.train(on)
 
 
 def share(model):
@@ -153,8 +153,11 @@ def merged(model):
 
 # ------------------------------------------------------------------ PEFT's files
 
-def save(model, directory, base_name):
-    """Write A and B so that `PeftModel.from_pretrained(base, directory)` reads them."""
+def save(model, directory, base_name=None):
+    """Write A and B so that `PeftModel.from_pretrained(base, directory)` reads them.
+
+    base_name: the base model's name for others, such as a hub id.
+    """
     from safetensors.torch import save as to_bytes
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -165,7 +168,7 @@ def save(model, directory, base_name):
             tensors[f"base_model.model.{name}.lora_{key}.weight"] = tensor
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
-        "base_model_name_or_path": str(base_name), "target_modules": list(TARGETS),
+        "base_model_name_or_path": base_name, "target_modules": list(TARGETS),
         "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout,
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
     files = {"adapter_model.safetensors": to_bytes(tensors, metadata={"format": "pt"}),
@@ -176,10 +179,13 @@ def save(model, directory, base_name):
         (directory / f"{name}.part").replace(directory / name)
 
 
-# Fields of adapter_config.json that would change what is computed, and what we compute.
-OURS = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False,
-        "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "modules_to_save": None, "layers_to_transform": None, "lora_bias": False}
+# Fields of adapter_config.json that do not change what is computed here. Any other must
+# be off (null, false, empty) or as ours: what is not known is refused.
+SILENT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
+          "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
+          "revision", "runtime_config", "target_modules", "task_type")
+OURS = {"bias": ["none"], "peft_type": ["LORA"],
+        "init_lora_weights": [True, "gaussian"]}
 
 
 def load(model, directory):
@@ -190,9 +196,9 @@ def load(model, directory):
     try:
         config = json.loads((directory / "adapter_config.json").read_text("utf-8"))
         tensors = load_file(directory / "adapter_model.safetensors")
-        for field, value in OURS.items():
-            if (config.get(field) or value) != value:
-                raise ValueError(f"its {field} is {config[field]!r}")
+        for field, value in config.items():
+            if value and field not in SILENT and value not in OURS.get(field, ()):
+                raise ValueError(f"its {field} is {value!r}")
         inject(model, int(config["r"]), float(config["lora_alpha"]),
                float(config["lora_dropout"]))
         for name, layer in adapters(model).items():

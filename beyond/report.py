@@ -8,11 +8,12 @@
     python -m beyond.report budget runs/NAME          beyond.attacks --full
     python -m beyond.report table runs/NAME           every number of a run, over seeds
 
-A picture goes to figures/NAME.png, or to --out; it needs matplotlib.
+A picture goes into the run's folder, or to --out; it needs matplotlib.
 """
 import argparse
 import os
 import pathlib
+import re
 import sys
 
 from adult import InputError
@@ -22,6 +23,7 @@ from beyond import runs
 def pyplot():
     """matplotlib, drawing to files. InputError when it is not installed."""
     try:
+        os.environ.pop("MPLBACKEND", None)                       # a notebook sets its own
         import matplotlib
     except ImportError:
         raise InputError("a picture needs matplotlib: "
@@ -77,35 +79,60 @@ def decimals(x, n=3):
     return text.replace("0.", ".", 1) if abs(x) < 1 else text
 
 
+LEGEND = """
+gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. M_dpd, M_deo:
+Eq. (1), (2). {shots} shots: the gap given {shots} labelled people at b_Pc = 1 or -1,
+whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0.
+In the paper: ACC in percent, M_dpd, M_deo."""
+
+
 def show(rows, titles, columns, printed):
     """One line a model, the paper's figures beside ours.
 
-    columns: {heading: metric}; printed: {key: (ACC in percent, M_dpd, M_deo)}
+    titles: {key: title}, the key where there is none; columns: {heading: metric};
+    printed: {key: (ACC in percent, M_dpd, M_deo)}
     """
     seeds = len({row["seed"] for row in rows})
-    wide = 2 + max(len(title) for title in titles.values())
-    print("\n" + " " * wide + "".join(f"{name:>10}" for name in columns)
+    means = summary(rows)
+    wide = 2 + max(len(titles.get(key, key)) for key in means)
+    print("\n" + " " * wide + "".join(f"{name:>9}" for name in columns)
           + "   in the paper")
-    for key, values in summary(rows).items():
-        text = f"{titles[key]:<{wide}}"
+    for key, values in means.items():
+        text = f"{titles.get(key, key):<{wide}}"
         for name in columns.values():
-            text += f" {cell(values.get(name), seeds):>9}"
+            text += f" {cell(values.get(name), seeds):>8}"
         if key in printed:
             text += " {:.1f} {:.3g} {:.3g}".format(*printed[key]).replace(" 0.", " .")
+        if any(constant(row) for row in rows if row["key"] == key):
+            text += "  constant"
         print(text)
+
+
+def constant(row):
+    """Whether (nearly) everybody gets the same answer: fair, and useless."""
+    return not .02 < row["positives"] < .98
 
 
 def warn(rows):
     """Say what a reader must know before believing a row."""
     for row in rows:
-        who = f"note: {row['key']}, seed {row['seed']}:"
-        if row.get("mass", 1.) < .5:
-            print(f"{who} the two answers have only {row['mass']:.2f} of the "
-                "probability; the model does not follow the task.")
-        if row["trained"] and not .02 < row["positives"] < .98:
-            print(f"{who} collapsed, (nearly) everybody gets the same answer.")
-        if row["trained"] and row["swa_weights"] == 0:
-            print(f"{who} too few rounds for SWA: the last weights are measured.")
+        if row.get("swa_weights") == 0:
+            print(f"note: {row['key']}, seed {row['seed']}: too few rounds for SWA, so "
+                  "the last weights are measured.")
+
+
+def show_prompt(rows):
+    """The last prompt that was learned, on one line."""
+    learned = [row for row in rows if row.get("prompt")]
+    if learned:
+        text = re.sub(r"[^\x20-\x7e]+", " ", learned[-1]["prompt"])
+        print(f"\na prompt (section 5), {learned[-1]['key']}:\n    {text[:80]}")
+
+
+def clock(seconds):
+    """75 -> 1:15"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
 
 
 # ------------------------------------------------------------------ pictures
@@ -167,6 +194,8 @@ def table1(args, plt):
     for key, values in results["summary"].items():
         if key.startswith("b = "):
             points.append((float(key[4:]), values))
+    if not points:
+        raise InputError(f"{args.run} is no run of --table 1: there is nothing to draw.")
     figure, left = plt.subplots(figsize=(6.5, 4))
     right = left.twinx()
     for axes, name, colour, text in (
@@ -190,10 +219,12 @@ def errorbar(axes, points, name, colour, label=None):
 
 def rounds(args, plt):
     """The distance of Eq. (3) under phi's prompts, before and after phi's steps."""
-    rows = results_of(args.run)["rows"]
+    rows = rows_by_key(results_of(args.run)["rows"], ["faircon"])
+    if not rows:
+        raise InputError(f"{args.run} has no row faircon: there is nothing to draw.")
     figure, axes = plt.subplots(figsize=(6.5, 4))
     labels = ["phi's first and last step", "theta's steps of the round, mean"]
-    for row in rows_by_key(rows, ["faircon"]).get("faircon", ()):
+    for row in rows["faircon"]:
         for record in row["history"]:
             n = record["round"]
             axes.plot([n, n + .4], record["phi"], color="C3", alpha=.6, lw=1.4,
@@ -272,13 +303,10 @@ def table(args, plt=None):
 
 
 def numbers(row):
-    """A row's numbers -> [(name, number)]; without SWA and the gap's interval, too."""
+    """A row's numbers -> [(name, number)]; those without SWA, too."""
     found = [(name, x) for name, x in row.items() if isinstance(x, float)]
     for name, x in row.get("without_swa", {}).items():
         found.append((f"without SWA, {name}", x))
-    if "intervals" in row:
-        ends = zip(("95 %, low", "95 %, high"), row["intervals"]["gap"])
-        found += [(f"gap, {name}", x) for name, x in ends]
     return found
 
 
@@ -297,19 +325,19 @@ WHAT = {"figure2": figure2, "figure4": figure4, "table1": table1, "rounds": roun
         "lam": lam, "budget": budget, "table": table}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("run", nargs="?", help="the folder of a finished run")
     parser.add_argument("--out", metavar="FILE.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.run is None and args.what not in ("figure2", "figure4"):
         raise InputError(f"{args.what} needs a run's folder, such as runs/default.")
     if args.what == "table":
         return table(args)
     plt = pyplot()
     figure = WHAT[args.what](args, plt)
-    out = args.out or f"figures/{args.what}.png"
+    out = args.out or str(pathlib.Path(args.run or ".") / f"{args.what}.png")
     figure.tight_layout()
     try:
         figure.savefig(out, dpi=110)
@@ -320,11 +348,8 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as problem:
-        sys.exit(f"beyond.report: {problem}")
-    except BrokenPipeError:                                     # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (KeyError, IndexError, TypeError) as problem:
-        sys.exit(f"beyond.report: the run lacks {problem}; is it of the right kind?")
+    with runs.one_sentence("beyond.report"):
+        try:
+            main()
+        except (KeyError, IndexError, TypeError) as problem:
+            sys.exit(f"beyond.report: the run lacks {problem}; is it of the right kind?")

@@ -1,29 +1,52 @@
-"""NOT IN THE PAPER: the game as we changed it, all in one place."""
+"""NOT IN THE PAPER: the game as we changed it, all of it in this file.
+
+    the paper, faircon.Game                  here, RobustGame
+    phi goes on over the rounds              phi begins anew in each round
+    10 tokens                                any number of tokens, up to `longest`
+    theta meets a sample of the adversary    that, and labelled people at b_Pc = 1 or -1
+
+Labelled people stand in front of a question when a model is used few-shot (section 2),
+and ten tokens that an adversary found do not look like them.
+
+    python -m beyond.robust     # both games on forty people, then biased shots
+"""
+from dataclasses import dataclass
+
+import numpy
+import torch
+
 import adult
 import faircon
+from faircon import option
+
+
+@dataclass
+class RobustOptions(faircon.Options):
+    """The paper's, but for phi's rate: phi has one round only to climb."""
+    phi_lr: float = option(3., 1e-30, 1e9, "Adam's rate for phi")
+    longest: int = option(560, 1, 10 ** 6, "tokens of RobustGame's prompts, at most")
 
 
 class RobustGame(faircon.Game):
-    """The adversary begins anew in each round; theta also meets biased shots."""
+    """faircon.Game with two methods overridden."""
 
     def start_phi(self):
         """phi begins anew, since theta has moved, at a length of its own."""
-        self.adversary.start(self.adversary.noise(self.some_length()))
+        self.adversary.start(self.adversary.initial_phi(self.some_length()))
 
     def prompts(self):
-        """A sample of the adversary, and section 2's biased few-shot prompts."""
-        sample = super().prompts()
-        return sample + [self.biased_shots()]
+        """A sample of the adversary, if there is one, and biased shots."""
+        return super().prompts() + [self.biased_shots()]
 
     def some_length(self):
-        """1 to `prompt_length`: half of the time uniform, else in its logarithm."""
-        most = self.options.prompt_length
+        """1 to `longest`: half of the time uniform, else in its logarithm."""
+        longest = self.options.longest
         if self.rng.random() < .5:
-            return int(self.rng.integers(1, most + 1))
-        return round(most ** self.rng.random())
+            return int(self.rng.integers(1, longest + 1))
+        return round(longest ** self.rng.random())
 
     def biased_shots(self):
-        """A prompt of labelled training rows at b_Pc = 1 or -1, as token ids.
+        """A few-shot prompt of training rows at b_Pc = 1 or -1, as token ids.
 
         Each row stands there as the sex that makes its label unfair: flipped, if need
         be. The first one may be cut; one may be of a person who is being asked about.
@@ -37,3 +60,44 @@ class RobustGame(faircon.Game):
                 person = adult.flipped(person)
             ids += self.model.ids(adult.shot(person))
         return ids[-length:]
+
+
+# ------------------------------------------------------------------ the lesson
+
+def play(game, model, test, shots):
+    """Play a game -> the gap on test people, without a prompt and given shots."""
+    for _ in game.play():
+        pass
+    return [faircon.measure(model, test)["gap"],
+            faircon.measure(model, test, context=shots)["gap"]]
+
+
+def lesson():
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    network = AutoModelForCausalLM.from_pretrained(adult.TINY).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
+    model = faircon.LanguageModel(network, tokenizer)
+    data = adult.load(adult.TINY)
+    rng = numpy.random.default_rng(0)
+    people = adult.sample(data.train, 40, .5, rng)
+    test = adult.sample(data.test, 40, 0., rng)
+    shots = adult.few_shot(data.train, 8, 1., rng)
+    rates = {"rounds": 4, "batch_size": 8, "lr": 2e-3, "phi_steps": 5}
+    options = RobustOptions(**rates, longest=200)
+    print("40 people, 4 rounds; gap on 40 others\n\n"
+          "game          no prompt   given 8 shots at b_Pc = 1")
+    given_shots = []
+    for name, kind in (("the paper's", faircon.Game), ("RobustGame", RobustGame)):
+        torch.manual_seed(0)
+        game = kind(model, people, options, seed=0)
+        no_prompt, given = play(game, model, test, shots)
+        given_shots.append(given)
+        print(f"{name:<13} {no_prompt:9.3f} {given:12.3f}", flush=True)
+    assert given_shots[1] < given_shots[0], "RobustGame's theta has met biased shots"
+    print("\nnow try: longest=20, less than a labelled person. What is left of it?")
+
+
+if __name__ == "__main__":
+    lesson()

