@@ -215,17 +215,15 @@ class LanguageModel:
         for i in range(0, len(questions), batch):
             logits = self.answer(copy.deepcopy(cache), questions[i:i + batch])
             parts.append(self.p_yes(logits).T)                               # (B, 2)
-        return self.finite(torch.cat(parts))
-
-    def p_yes(self, logits):
-        """P(y=1 | y is 0 or 1); logits (..., V) -> (...)."""
-        return logits[..., self.answers].softmax(-1)[..., 1]
-
-    def finite(self, p):
+        p = torch.cat(parts)
         if not p.isfinite().all():
             raise InputError("the model's answers are not finite numbers (NaN); its "
                              "weights are damaged, or need --dtype float32.")
         return p.double().cpu().numpy()
+
+    def p_yes(self, logits):
+        """P(y=1 | y is 0 or 1); logits (..., V) -> (...)."""
+        return logits[..., self.answers].softmax(-1)[..., 1]
 
 
 def answer_in_float32(model):
@@ -307,8 +305,8 @@ class Options:
     lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
     rank: int = option(32, 1, 10 ** 6, "r of LoRA (released 4)")
     alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
-    dropout: float = option(.01, 0, .99, "on LoRA's input")
-    prompt_length: int = option(10, 1, 10 ** 6, "tokens of the adversary's prompt g")
+    dropout: float = option(.01, 0, .99, "on LoRA's input, one mask a reading")
+    prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")
     phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
     phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
     tau: float = option(1., 1e-30, 1e9, "temperature of Gumbel-softmax")
@@ -360,7 +358,7 @@ class Adversary:
 
         sign +1: up the distance, Eq. (3). -1: down, Eq. (4). -> the distance before it
         """
-        self.phi.grad = None                      # before another one of its size is made
+        self.phi.grad = None                    # before another of its size is made
         ids, g = self.sample()
         logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
         d = distance(logits, self.model.answers)
@@ -382,8 +380,9 @@ class Game:
         lora.inject(model.model, options.rank, options.alpha, options.dropout, seed)
         self.model, self.people, self.options, self.bar = model, people, options, bar
         self.questions = model.questions(people)
-        self.rng = numpy.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        # Streams of their own: seed alone serves LoRA's A, and (seed,) adult.split.
+        self.rng = numpy.random.default_rng((seed, 1))
+        self.generator = torch.Generator().manual_seed(int(self.rng.integers(2 ** 62)))
         self.adversary = None
         if adversary:
             self.adversary = Adversary(model, options, self.generator)
@@ -451,7 +450,8 @@ class Game:
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
         left = self.options.rounds - self.done             # this round is one of them
-        if left <= self.options.swa * self.options.rounds:
+        share = self.options.swa * self.options.rounds
+        if left <= share or left == 1 and share > 0:
             self.swa.update()               # section 4.2, at every step of these rounds
         return means
 

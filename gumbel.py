@@ -147,7 +147,7 @@ def lesson():
         print(f"{tau:<7} {last:.4f}   {averaged:.4f}", flush=True)
         assert averaged < last, "the average is calmer than what it averages"
     print("tau changes the backward pass alone, and hardly matters here.")
-    print("\nnow try: tau = 20. What becomes of phi, and why?")
+    print("\nnow try: lr=1. in figure_4. Does tau still hardly matter?")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def save(model, directory, base_name=None):
             tensors[f"base_model.model.{name}.lora_{key}.weight"] = tensor
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
-        "base_model_name_or_path": base_name, "target_modules": list(TARGETS),
+        "base_model_name_or_path": base_name and str(base_name), "target_modules": list(TARGETS),
         "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout,
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
     files = {"adapter_model.safetensors": to_bytes(tensors, metadata={"format": "pt"}),
@@ -253,7 +253,7 @@ def lesson():
     for r in (4, 8, 32):
         inject(gpt_neo, r)
         print(f"    r = {r:<4} {share(gpt_neo):.3f} %")
-    print("\nnow try: LoRA on k_proj too (TARGETS). Which r is 0.5 % then?")
+    print("\nnow try: LoRA on k_proj too (TARGETS). Which r is nearest to 0.5 % then?")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,26 @@ they are missing: the published Adult files, GPT-2's tokenizer, peft.
 
     pytest -q test_faircon.py
 """
-import ast
 import copy
 import dataclasses
-import errno
 import hashlib
 import http.client
 import io
 import json
 import math
+import os
 import pathlib
 import re
-import socket
+import sys
+import types
+import urllib.error
+import urllib.request
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
 
 import adult
 import faircon
@@ -36,29 +38,22 @@ import metrics
 import swa
 from adult import InputError
 from beyond import runs
+from beyond.robust import RobustGame, RobustOptions
+from faircon import NO_PROMPT, Game, LanguageModel
 
 HERE = pathlib.Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "adult"
 GPT2 = HERE.parent / "shared" / "gpt2_tokenizer"
-LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics")      # slowest first
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-USUAL = dataclasses.asdict(faircon.Options())
-SMALL = {
-    **USUAL,
-    "rounds": 2,
-    "batch_size": 4,
-    "prompt_length": 6,
-    "adversaries": 2,
-    "phi_steps": 2,
-    "phi_lr": .3,
-    "labelled": False,
-    "renew": False,
-}
+LESSONS = ("adult", "metrics", "gumbel", "swa", "lora", "faircon")
+SMALL = {"rounds": 2, "batch_size": 4, "prompt_length": 6, "phi_steps": 2, "phi_lr": .3,
+         "rank": 4}
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
                                 reason="the published Adult files are not there")
 needs_gpt2 = pytest.mark.skipif(not (GPT2 / "vocab.json").exists(),
                                 reason="GPT-2's tokenizer is not there")
 
+
+# ------------------------------------------------------------------ what tests share
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -75,9 +70,9 @@ def data():
 
 @pytest.fixture(scope="module")
 def loaded():
-    network = AutoModelForCausalLM.from_pretrained(adult.TINY, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
-    return faircon.LanguageModel(network.eval(), tokenizer)
+    network = transformers.AutoModelForCausalLM.from_pretrained(adult.TINY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adult.TINY)
+    return LanguageModel(network.eval(), tokenizer)
 
 
 @pytest.fixture()
@@ -88,25 +83,22 @@ def model(loaded):
     lora.remove(loaded.model)
 
 
-def people_of(data, n, bpc=0., seed=0):
-    rng = numpy.random.default_rng(seed)
-    return adult.sample(data.train, n, bpc, rng)
+def people_of(data, n, bpc=0.):
+    """Training rows; one has a longer country than any of Adult's: texts are padded."""
+    people = adult.sample(data.train, n, bpc, numpy.random.default_rng(0))
+    values = [*people[1].values[:-1], "Saint Vincent and the Grenadines"]
+    people[1] = people[1]._replace(values=tuple(values))
+    return people
 
 
-def game_of(model, people, seed=0, **given):
+def game_of(model, people, kind=Game, seed=0, adversary=True, **given):
     """A tiny game on fresh adapters."""
-    options = faircon.Options(**{**SMALL, **given})
-    lora.inject(model.model, 4, 16., options.dropout, seed)
-    return faircon.Game(model, people, options, seed)
+    options = RobustOptions(**{**SMALL, **given})
+    return kind(model, people, options, seed, adversary)
 
 
 def encode(model, text):
     return model.tokenizer.encode(text, add_special_tokens=False)
-
-
-def alike(ours, reference):
-    """Equal but for rounding."""
-    return torch.allclose(ours, reference, atol=1e-4)
 
 
 def seeded(seed):
@@ -130,8 +122,8 @@ def same(some, others):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def close(ours, reference, share=1e-3):
-    """Equal up to a thousandth of the largest number, which is not 0."""
+def close(ours, reference, share=1e-4):
+    """Equal up to a share of the largest number, which is not 0."""
     largest = reference.abs().max()
     furthest = (ours - reference).abs().max()
     return bool(largest > 0) and bool(furthest < share * largest)
@@ -151,73 +143,50 @@ def spy(monkeypatch, thing, name, see):
 # ------------------------------------------------------------------ 1.1 Fairness
 
 def test_metrics_by_hand():
-    p = [[.9, .4], [.2, .6], [.3, .3], [.8, .6], [.1, .4], [.6, .3]]
-    y = [1, 1, 0, 0, 0, 1]
-    s = [0, 1, 0, 1, 1, 0]                             # so yhat is 1, 1, 0, 1, 0, 1
+    """Four men answer 1, 0, 1, 1 and three women 1, 0, 0; then they change places."""
+    p = [[.9, .4], [.3, .3], [.8, .6], [.6, .3], [.2, .6], [.1, .4], [.6, .3]]
+    y = [1, 0, 0, 1, 1, 0, 1]
+    s = [0, 0, 0, 0, 1, 1, 1]
     by_hand = {
-        "acc": 5 / 6,
-        "dpd": 2 / 3 - 2 / 3,
-        "deo": .5 + 0.,
-        "positives": 4 / 6,
-        "gap": (.5 + .4 + 0 + .2 + .3 + .3) / 6,
-        "flip": 3 / 6,
-        "signed_gap": (.5 - .4 + 0 + .2 - .3 + .3) / 6,
+        "acc": 5 / 7,
+        "dpd": 3 / 4 - 1 / 3,
+        "deo": (1 / 2 - 0 / 1) + (2 / 2 - 1 / 2),
+        "positives": 4 / 7,
+        "gap": (.5 + 0 + .2 + .3 + .4 + .3 + .3) / 7,
+        "flip": 4 / 7,
+        "signed_gap": (.5 + 0 + .2 + .3 - .4 - .3 + .3) / 7,
     }
     assert metrics.evaluate(p, y, s) == pytest.approx(by_hand)
-
-
-@pytest.mark.parametrize("favoured", [0, 1])
-def test_deo_is_a_sum_and_dpd_has_no_sign(favoured):
-    s = numpy.array([0, 0, 0, 0, 1, 1, 1, 1])
-    y = numpy.array([1, 1, 0, 0, 1, 1, 0, 0])
-    yhat = numpy.array([1, 1, 1, 0, 1, 0, 0, 0])
-    s = abs(s - favoured)
-    assert metrics.dpd(yhat, s) == .75 - .25
-    deo = (1 - .5) + (.5 - 0)
-    assert metrics.deo(yhat, y, s) == deo, "Eq. (2) is neither a maximum nor a mean"
+    by_hand["signed_gap"] *= -1
+    swapped = [[p_f, p_m] for p_m, p_f in p]
+    assert metrics.evaluate(swapped, y, [1 - k for k in s]) == pytest.approx(by_hand)
 
 
 def test_nothing_measured_is_not_fair():
     nobody = numpy.zeros(3, int)
     with pytest.warns(UserWarning, match="nobody has s=1"):
-        dpd = metrics.dpd(nobody, nobody)
-    assert math.isnan(dpd)
+        assert math.isnan(metrics.dpd(nobody, nobody))
     y = numpy.array([0, 0, 1])
     s = numpy.array([0, 1, 1])
     with pytest.warns(UserWarning, match="nobody has s=0, y=1"):
-        deo = metrics.deo(nobody, y, s)
-    assert math.isnan(deo)
+        assert math.isnan(metrics.deo(nobody, y, s))
     p = [[.5, math.nan], [.1, .2]]
     with pytest.warns(UserWarning, match="NaN"):
         found = metrics.evaluate(p, [0, 1], [0, 1])
     assert all(map(math.isnan, found.values())), "NaN would pass for always answering 0"
 
 
-def test_bootstrap_draws_a_person_with_their_twin():
-    rng = numpy.random.default_rng(0)
-    p = rng.random((200, 1)).repeat(2, 1)                        # no twin differs
-    y = rng.integers(2, size=200)
-    s = rng.integers(2, size=200)
-    intervals = metrics.bootstrap(p, y, s, 50)
-    assert intervals["gap"] == [0, 0]
-    low, high = intervals["acc"]
-    assert low < metrics.evaluate(p, y, s)["acc"] < high
-
-
 # ------------------------------------------------------------------ 2 Data
 
 @needs_real
-@pytest.mark.parametrize("as_released, b, ratio", [(True, .1312, 5.23),
-                                                   (False, .1945, 3.18)])
-def test_the_papers_base_rates_come_from_a_label_bug(as_released, b, ratio):
-    people = adult.read(REAL / "adult.data")
+def test_the_papers_base_rates_come_from_a_label_bug():
+    train = adult.read(REAL / "adult.data")
     test = adult.read(REAL / "adult.test")
-    if as_released:
-        test = [p._replace(y=0) for p in test]
-    people += test
-    found_b, found_ratio = adult.base_rates(people)
-    found = (len(people), round(found_b, 4), round(found_ratio, 2))
-    assert found == (48842, b, ratio)
+    as_released = [p._replace(y=0) for p in test]
+    for some, b, ratio in ((as_released, .1312, 5.23), (test, .1945, 3.18)):
+        found_b, found_ratio = adult.base_rates(train + some)
+        assert round(found_b, 4) == b
+        assert round(found_ratio, 2) == ratio
 
 
 def test_cells_and_samples_are_exact(data):
@@ -227,19 +196,28 @@ def test_cells_and_samples_are_exact(data):
     found = {cell: cells.count(cell) for cell in wanted}
     assert adult.cells(200, .5) == wanted
     assert found == wanted
-    assert adult.base_rates(people) == (.5, 1.)
+    assert cells[:75].count((0, 1)) < 50, "people come in random order"
     assert len(set(map(id, people))) == 200, "somebody was drawn twice"
     with pytest.warns(UserWarning, match="b_Pc = 0.25 is used"):
         adult.cells(16, .3)
     refused = [
         (200, 1.1, "impossible"),
         (7, 0., "even"),
-        (99_992, 0., "fewer rows"),
-        (99_992, None, "fewer"),
+        (99_992, 0., "with sex Male and label 1"),
+        (99_992, None, "fewer rows"),
     ]
     for n, bpc, why in refused:
         with pytest.raises(InputError, match=why):
             people_of(data, n, bpc)
+
+
+def test_enough_is_the_most_that_can_be_drawn(data):
+    rich_women = [p for p in data.test if p.s == 1 and p.y == 1]
+    others = [p for p in data.test if p not in rich_women]
+    people = others + rich_women[:10]
+    assert adult.enough(people, .5, 400) == 40, "balanced, a quarter are rich women"
+    assert adult.enough(people, -1., 400) == 16, "at b = -1, half of them are"
+    assert adult.enough(people, .5, 24) == 24
 
 
 def test_split_measures_nobody_it_has_seen(data):
@@ -254,8 +232,7 @@ def test_split_measures_nobody_it_has_seen(data):
     rates = [adult.base_rates(some)[0] for some in people]
     assert rates == [.5, 0., 0., .5]
     assert people == adult.split(data, 80, .5, 40, seed=3)
-    other = adult.split(data, 80, .5, 40, seed=4)
-    assert people.train != other.train
+    assert people.train != adult.split(data, 80, .5, 40, seed=4).train
 
 
 def test_twins_differ_in_sex_alone_and_hold_no_answer(data):
@@ -265,10 +242,11 @@ def test_twins_differ_in_sex_alone_and_hold_no_answer(data):
         assert x_m.endswith("\nlabel:")
         assert x_m.replace("sex Male", "sex Female") == x_f
         own = (x_m, x_f)[person.s]
-        assert adult.text(person) == own, "not the person's own sex"
+        assert adult.question(person) == own, "not the person's own sex"
         other = person._replace(y=1 - person.y)
-        assert adult.text(person) == adult.text(other), "the text knows the answer"
-        assert adult.answer(person) != adult.answer(other)
+        assert adult.question(other) == own, "the text knows the answer"
+        assert adult.shot(person) == f"{own} {person.y}\n"
+        assert adult.question(adult.flipped(person)) == (x_f, x_m)[person.s]
         assert "Husband" not in x_m, "relationship is sex"
         assert "Wife" not in x_m, "relationship is sex"
 
@@ -293,220 +271,302 @@ ROW = ("39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, "
        "Not-in-family, White, Male, 2174, 0, 40, United-States, >50K.\n")
 
 
-def test_reading_forgives_what_is_harmless(tmp_path):
-    path = tmp_path / "bom"
-    poor = ROW.replace(">50K.", "<=50K")
-    content = "|1x3 Cross validator\n" + ROW + "\n" + poor
-    path.write_text(content, encoding="utf-8-sig")
-    labels = [p.y for p in adult.read(path)]
-    assert labels == [1, 0], "the full stop of adult.test is no label"
+def read_second(row, path):
+    """What a row is read as in the second line of a file."""
+    path.write_text("|1x3 Cross validator\n" + row, "utf-8-sig")
+    person, = adult.read(path)
+    return person
+
+
+@pytest.mark.parametrize("column", adult.FORMAT)
+def test_every_cell_is_looked_at(column, tmp_path):
+    place = list(adult.FORMAT).index(column)
+    cells = ROW.strip().split(", ")
+    accepted = ["?", "1st-4th"]
+    refused = ["", "nan", "NA", "4", "4.0", "-1"]
+    if cells[place].isdigit():
+        accepted = ["25", "25.0"]
+        refused = ["", "nan", "?", "25.5", "-1", column]
+    elif column in ("sex", "label"):
+        accepted = []
+        refused += ["?", "M", "50K"]
+    for cell in accepted:
+        cells[place] = cell
+        person = read_second(", ".join(cells), tmp_path / "adult.csv")
+        assert person.values[place] == cell.removesuffix(".0")
+    for cell in refused:
+        cells[place] = cell
+        with pytest.raises(InputError, match=f"line 2: {column} cannot be '{cell}'"):
+            read_second(", ".join(cells), tmp_path / "adult.csv")
+
+
+def test_a_label_is_read_with_and_without_its_full_stop(tmp_path):
+    for label, y in ((">50K.", 1), (">50K", 1), ("<=50K.", 0), ("<=50K", 0)):
+        row = ROW.replace(">50K.", label)
+        assert read_second(row, tmp_path / "adult.csv").y == y, "x5.23 comes from here"
 
 
 @pytest.mark.parametrize("content, why", [
-    (ROW.replace(" White", " "), "line 2: an empty cell"),
-    (ROW.replace(" White", ' "White'), "quote"),
     (ROW.replace(" White,", ""), "line 2: 14 columns"),
-    (ROW.replace(" Male", " M"), "column order"),
-    (ROW.replace(" >50K.", " yes"), "column order"),
-    ("age" + ROW[2:], "a header"),
+    (ROW.replace("White", '"White'), "quote"),
+    ("", "holds no rows"),
 ])
-def test_reading_refuses_what_is_not_adult(content, why, tmp_path):
-    path = tmp_path / "adult.csv"
-    path.write_text(ROW + content)
+def test_what_is_not_adult_is_refused(content, why, tmp_path):
     with pytest.raises(InputError, match=why):
-        adult.read(path)
-    with pytest.raises(InputError, match="is a file"):
-        adult.load(path)
-    with pytest.raises(InputError, match="not exist"):
+        read_second(content, tmp_path / "adult.csv")
+    with pytest.raises(InputError, match="adult.data cannot be read"):
         adult.load(tmp_path)
 
 
 @pytest.fixture()
 def uci(monkeypatch, tmp_path):
-    """UCI sends tiny/'s files and the cache is empty -> (what was fetched, cache)."""
+    """UCI sends tiny/'s files and the cache is empty -> (what was asked for, cache)."""
     asked = []
-    cache = tmp_path / "cache"
 
-    def fetch(url):
+    def send(url, **_):
         asked.append(url)
         name = url.split("/")[-1]
-        return (adult.TINY / name).read_bytes()
+        return io.BytesIO((adult.TINY / name).read_bytes())
     for name in adult.SHA256:
-        content = fetch(name)
+        content = (adult.TINY / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         monkeypatch.setitem(adult.SHA256, name, digest)
-    asked.clear()
-    monkeypatch.setattr(adult, "fetch", fetch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return asked, cache / "faircon"
+    monkeypatch.setattr(urllib.request, "urlopen", send)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked, tmp_path / "faircon"
 
 
 def test_a_download_is_checked_and_kept(uci, monkeypatch):
-    asked, cache = uci
+    asked, _ = uci
     for _ in range(2):
         found = adult.load()
         assert found.source == "UCI Adult"
         assert found.sha256 == adult.SHA256
-        assert len(found.train) == 8000
-        assert len(found.test) == 4000
+        assert (len(found.train), len(found.test)) == (8000, 4000)
     once = [adult.UCI + name for name in adult.SHA256]
-    assert asked == once, "kept, yet fetched"
-    kept = cache / "adult.data"
-    kept.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="do not have UCI's checksums"):
-        adult.load()
-    kept.unlink()
+    assert asked == once, "kept, yet asked for again"
     monkeypatch.setitem(adult.SHA256, "adult.test", "0" * 64)
-    with pytest.raises(InputError, match="sent has a wrong checksum"):
+    with pytest.raises(InputError, match="adult.test does not have UCI's checksum"):
         adult.load()
 
 
-def test_a_download_cut_in_the_middle_leaves_nothing(uci, monkeypatch):
-    _, cache = uci
-    fetch = adult.fetch
-
-    def cut(url):
-        if url.endswith("test"):
-            raise http.client.IncompleteRead(b"39, Sta", 1000)
-        return fetch(url)
-    monkeypatch.setattr(adult, "fetch", cut)
-    source = adult.load().source
-    assert re.search("SYNTHETIC.*IncompleteRead", source)
-    left = list(cache.glob("*"))
-    assert not left, "the next run would take it for the data"
-
-
-def test_what_cannot_be_kept_is_used_all_the_same(uci, monkeypatch):
-    """A full disk, then a place where no folder can be made."""
-    _, cache = uci
-
-    def half(path, content):
-        with path.open("wb") as file:
-            file.write(content[:1000])
-        raise OSError(errno.ENOSPC, "no space left")
-    monkeypatch.setattr(pathlib.Path, "write_bytes", half)
-    found = adult.load()
-    assert re.match(r"UCI Adult \(not kept: .* no space left", found.source)
-    assert len(found.train) == 8000
-    assert not list(cache.glob("*"))
-    no_folder = adult.TINY / "adult.data"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
-    found = adult.load()
-    assert "not kept" in found.source
-    assert len(found.train) == 8000
-
-
-@pytest.mark.parametrize("has_home", [True, False])
-def test_behind_a_proxy_only_the_proxy_is_asked(monkeypatch, tmp_path, has_home):
-    """Looking UCI up oneself takes minutes there. The true reason must be named."""
-    looked_up = set()
-    look_up = socket.getaddrinfo
-
-    def watched(host, *more, **named):
-        looked_up.add(host)
-        return look_up(host, *more, **named)
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-    for name in PROXIES:
-        monkeypatch.delenv(name.upper(), raising=False)
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("https_proxy", closed_port())
-    monkeypatch.setattr(socket, "getaddrinfo", watched)
-    if has_home:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    else:
+@pytest.mark.parametrize("thing, name, error", [
+    (urllib.request, "urlopen", urllib.error.URLError("no route")),
+    (urllib.request, "urlopen", http.client.IncompleteRead(b"39, Sta")),
+    (pathlib.Path, "replace", OSError("no space left")),
+    (pathlib.Path, "home", RuntimeError("no home")),
+])
+def test_without_ucis_data_the_twin_says_why(uci, monkeypatch, thing, name, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(thing, name, fail)
+    if name == "home":
         monkeypatch.setenv("XDG_CACHE_HOME", "")
-        monkeypatch.setattr(pathlib.Path, "home", homeless)
-    source = adult.load().source
-    assert re.search("SYNTHETIC.*Connection refused", source)
-    assert looked_up == {"127.0.0.1"}, "something went around the proxy"
-
-
-def closed_port():
-    """An address on this machine where nobody listens."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        _, port = closed.getsockname()
-        return f"http://127.0.0.1:{port}"
+    why = str(error).strip("<>").removeprefix("urlopen error ")
+    assert re.search(f"SYNTHETIC.*{re.escape(why[:20])}", adult.load().source)
+    _, cache = uci
+    assert not list(cache.glob("*")), "the next run would take it for the data"
 
 
 # ------------------------------------------------------------------ 3.1 f_theta
 
-def by_brute_force(model, before, person):
-    """Logits (2, V) of each twin's whole text, token ids through the front door."""
-    found = []
-    for x in adult.twins(person):
-        question = encode(model, x + " 0")[:-1]
-        ids = torch.tensor([before + question])
-        logits = model.model(input_ids=ids).logits
-        found.append(logits[0, -1])
-    return torch.stack(found)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
+NARROW = {**GROUPED, "head_dim": 8}
+FAMILIES = {
+    "GPTNeo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 32,
+               "attention_types": [[["global", "local"], 1]]},
+    "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "OPT": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Phi": GROUPED,
+    "Llama": GROUPED,
+    "Mistral": {**GROUPED, "sliding_window": 32},
+    "Qwen3": NARROW,
+    "Gemma2": {**NARROW, "sliding_window": 32},             # embeddings times sqrt(D)
+    "Granite": {**GROUPED, "logits_scaling": 4., "embedding_multiplier": 3.},
+    "Cohere": GROUPED,                                      # logits times .0625
+}
+
+
+def tokenizer_with(change):
+    """The embedded tokenizer, its description changed."""
+    from tokenizers import Tokenizer
+    path = adult.TINY / "tokenizer.json"
+    described = json.loads(path.read_text("utf-8"))
+    change(described)
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def like_llamas(described):
+    """" 0" is two tokens, a space and a digit, and "!" begins every text."""
+    digits = {"type": "Digits", "individual_digits": True}
+    described["pre_tokenizer"]["pretokenizers"].insert(0, digits)
+    number = described["model"]["vocab"]["!"]
+    template = described["post_processor"]
+    template["special_tokens"] = {"!": {"id": "!", "ids": [number], "tokens": ["!"]}}
+    template["single"].insert(0, {"SpecialToken": {"id": "!", "type_id": 0}})
+
+
+def random_model(family, dtype=torch.float32, **given):
+    """A tiny model with random weights, and LoRA whose B is not zero."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    kind = getattr(transformers, f"{family}Config")
+    config = kind(vocab_size=1024, **ids, **FAMILIES[family], **given)
+    network = transformers.AutoModelForCausalLM.from_config(config).eval()
+    shake(p for p in network.parameters() if p.dim() > 1)
+    network.to(dtype)
+    lora.inject(network, 2)
+    shake(lora.theta(network))
+    return LanguageModel(network, tokenizer_with(like_llamas))
+
+
+def one_forward_pass_each(model, before, text, people):
+    """Logits (2, B, V) of whole texts as token ids, and the texts' embeddings."""
+    caught = []
+
+    def catch(module, inputs, output):
+        caught.append(output.detach().requires_grad_())
+        return caught[-1]
+    hook = model.model.get_input_embeddings().register_forward_hook(catch)
+    logits = []
+    for person in people:
+        for x in adult.twins(person):
+            ids = before + encode(model, text + x + " 0")[:-1]
+            found = model.model(input_ids=torch.tensor([ids])).logits
+            logits.append(found[0, -1])
+    hook.remove()
+    logits = torch.stack(logits).view(len(people), 2, -1)
+    return logits.transpose(0, 1), caught
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_f_theta_is_one_forward_pass_over_each_whole_text(family, data):
+    """Whatever is read once, for everybody or for twins; padding changes nobody."""
+    model = random_model(family)
+    people = people_of(data, 4)
+    questions = model.questions(people)
+    g = model.usable[:40]                                   # longer than every window
+    phi = model.embed[g].detach().requires_grad_()
+    ours = model(model.prefix(phi), questions)
+    text = "\n" + adult.INSTRUCTION
+    whole, embeddings = one_forward_pass_each(model, model.bos + g, text, people)
+    assert close(ours, whole), "another function"
+
+    weight = torch.randn(ours.shape, generator=seeded(1))
+    theta = lora.theta(model.model)
+    of_phi, *of_theta = torch.autograd.grad((ours * weight).sum(), [phi, *theta])
+    loss = (whole * weight).sum()
+    by_hand = torch.autograd.grad(loss, embeddings, retain_graph=True)
+    by_hand = sum(each[0, 1:41] for each in by_hand)        # behind BOS
+    assert close(of_phi, by_hand), "phi would climb something else"
+    for found, wanted in zip(of_theta, torch.autograd.grad(loss, theta)):
+        assert close(found, wanted), "theta would descend something else"
+
+    whole, _ = one_forward_pass_each(model, model.bos, adult.INSTRUCTION, people)
+    assert close(model(model.prefix(NO_PROMPT), questions), whole)
+    own = [[questions[i][p.s]] for i, p in enumerate(people)]
+    alone, = model(model.prefix(), own)                                  # K = 1
+    both = [whole[p.s, i] for i, p in enumerate(people)]
+    assert close(alone, torch.stack(both)), "one text a person is another"
+
+
+def test_what_twins_share_is_read_once(model, data, monkeypatch):
+    questions = model.questions(people_of(data, 4))
+    sizes = []
+    spy(monkeypatch, model, "run", lambda x, *_: sizes.append(x.shape[:2]))
+    model(model.prefix(), questions)
+    in_common = min(len(os.path.commonprefix(twins)) for twins in questions)
+    longest = max(len(x_m) for x_m, _ in questions)
+    wanted = [(1, len(model.prefix())), (4, in_common), (8, longest - in_common)]
+    assert sizes == wanted, "the same number, but not by the shortest way"
 
 
 @torch.no_grad()
-def test_f_theta_is_the_models_answer_to_the_whole_text(model, data):
-    """Texts of different lengths in one batch: padding must change nobody's answer."""
-    people = people_of(data, 8)
-    for k in (4, 5, 6, 7):                     # a longer country than any of Adult's
-        values = [*people[k].values[:-1], "Saint Vincent and the Grenadines"]
-        people[k] = people[k]._replace(values=tuple(values))
+def test_predict_in_batches_is_predict_at_once(model, data, monkeypatch):
+    people = people_of(data, 6, 1 / 3)[:5]
     questions = model.questions(people)
-    assert len(questions[0][0]) < len(questions[-1][0])
-    rng = numpy.random.default_rng(0)
-    shots = adult.few_shot(data.train, 4, 1., rng)
-    g = model.usable[5:12]
-    instruction = encode(model, adult.INSTRUCTION)
-    newline = encode(model, "\n")
-    cases = [
-        (model.prefix(), instruction),
-        (model.prefix(g), g + newline + instruction),
-        (model.prefix(context=shots), encode(model, shots)),
-    ]
-    for prefix, before in cases:
-        logits = model(prefix, questions)
-        for i, person in enumerate(people):
-            whole = by_brute_force(model, before, person)
-            assert alike(logits[:, i], whole)
-    p = logits.softmax(-1)[..., model.answers]                           # (2, B, 2)
-    no, yes = p.unbind(-1)                                               # (2, B)
-    predicted = model.predict(questions, context=shots, batch=4)         # (B, 2)
-    predicted = torch.tensor(predicted).float()
-    assert alike(predicted.T, yes / (yes + no))
+    shots = adult.few_shot(data.train, 4, 1., numpy.random.default_rng(0))
+    whole, _ = one_forward_pass_each(model, [], shots, people)
+    wanted = whole[..., model.answers].softmax(-1)[..., 1].T
+    sizes = []
+    caches = []
+    spy(monkeypatch, model, "answer", lambda *seen: sizes.append(len(seen[1])))
+    spy(monkeypatch, model, "read", lambda *seen: caches.append(seen[-1]))
+    for at_once, batch in ((8192, 64), (8192, 2), (1, 64)):
+        monkeypatch.setattr(faircon, "AT_ONCE", at_once)
+        found = model.predict(questions, context=shots, batch=batch)
+        assert numpy.allclose(found, wanted.numpy(), atol=1e-4)
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1], "AT_ONCE bounds the memory"
+    for cache in caches:
+        assert cache.get_seq_length() == len(encode(model, shots)), "no copy was made"
 
 
-def test_a_prompt_of_one_hot_rows_has_the_right_gradient(model, data):
-    """One text at a time, unpadded: phi must follow the model's own gradient."""
-    people = people_of(data, 4)
-    text = model.usable[:5]
-    one_hot = F.one_hot(torch.tensor(text), len(model.embed))
-    one_hot = one_hot.float().requires_grad_()
-    logits = model(model.prefix(one_hot), model.questions(people))
-    total = logits.log_softmax(-1)[..., 9].sum()
-    ours, = torch.autograd.grad(total, one_hot)
-    g = model.embed[text].detach().requires_grad_()
-    total = 0.
-    for person in people:
-        for x in adult.twins(person):
-            ids = encode(model, "\n" + adult.INSTRUCTION + x)
-            embeds = torch.cat([g, model.embed[ids]])
-            logits = model.model(inputs_embeds=embeds[None]).logits
-            total = total + logits[0, -1].log_softmax(-1)[9]
-    by_hand, = torch.autograd.grad(total, g)                             # (5, D)
-    assert close(ours, by_hand @ model.embed.T)
+def test_measure_is_the_metrics_of_what_is_predicted(model, data):
+    people = people_of(data, 8, .5)
+    shots = adult.few_shot(data.train, 4, 1., numpy.random.default_rng(0))
+    p = model.predict(model.questions(people), [5, 6], shots)
+    y = [person.y for person in people]
+    s = [person.s for person in people]
+    assert metrics.evaluate(p, y, s)["flip"] > 0, "else s could be another's"
+    assert faircon.measure(model, people, [5, 6], shots) == metrics.evaluate(p, y, s)
 
 
-def test_write_samples_what_a_plain_forward_says(model):
-    ours = model.write(2, 6, seeded(3))
-    generator = seeded(3)
-    instruction = encode(model, adult.INSTRUCTION)
-    ids = torch.tensor([instruction] * 2)
-    for _ in range(6):
-        logits = model.model(input_ids=ids).logits[:, -1]
-        p = (logits + model.mask).softmax(-1)
-        token = torch.multinomial(p, 1, generator=generator)
-        ids = torch.cat([ids, token], 1)
-    assert ours == ids[:, -6:].tolist()
+def test_too_long_is_one_sentence(model, data, monkeypatch):
+    questions = model.questions(people_of(data, 4))
+    prefix = model.prefix([5, 6])
+    longest = len(prefix) + max(len(x_m) for x_m, _ in questions)
+    assert model.window == model.model.config.max_position_embeddings
+    monkeypatch.setattr(model, "window", longest)
+    model(prefix, questions)
+    monkeypatch.setattr(model, "window", longest - 1)
+    with pytest.raises(InputError, match=f"are {longest} tokens"):
+        model(prefix, questions)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_bf16_model_answers_in_float32(data, tied):
+    """In bf16 logits of 20 come in steps of .125, and gaps of .001 are reported."""
+    model = random_model("Llama", torch.bfloat16, tie_word_embeddings=tied)
+    network = model.model
+    again = LanguageModel(network, model.tokenizer)             # harmless a second time
+    questions = model.questions(people_of(data, 4))
+    logits = model(model.prefix([5, 6]), questions)
+    assert torch.equal(logits, again(again.prefix([5, 6]), questions))
+    assert not torch.equal(logits, logits.bfloat16().float()), "rounded to bf16"
+    x = model.embed[torch.arange(30)[None]].bfloat16()
+    logits = model.run(x, transformers.DynamicCache())
+    hidden = network.base_model(inputs_embeds=x).last_hidden_state[:, -1:]
+    assert hidden.dtype == torch.bfloat16, "the blocks are to stay in bf16"
+    wanted = hidden.float() @ network.lm_head.weight.float().T
+    assert close(logits, wanted, 1e-5)
+    record, = game_of(model, people_of(data, 4), rounds=1).play()
+    assert record["distance"] > 0, "it cannot be played with"
+
+
+def test_a_tokenizer_that_splits_digits_can_ask(model, data):
+    other = LanguageModel(model.model, tokenizer_with(like_llamas))
+    assert other.decode(other.answers.tolist()) == "01"
+    ends = {x_m[-1] for x_m, _ in other.questions(people_of(data, 4))}
+    assert other.decode(list(ends)) == " ", "the space belongs to the question"
+
+
+@pytest.mark.parametrize("why, change", [
+    ("splits a prompt", {"type": "Prepend", "prepend": "x"}),
+    ("no single", {"type": "Replace", "pattern": {"String": " 1"}, "content": ""}),
+    ("no single", {"type": "Replace", "pattern": {"String": " 1"}, "content": " 0"}),
+])
+def test_a_tokenizer_that_cannot_ask_is_refused(model, why, change):
+    other = tokenizer_with(lambda described: described.update(normalizer=change))
+    with pytest.raises(InputError, match=why):
+        LanguageModel(model.model, other)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    network = copy.deepcopy(model.model)
+    network.resize_token_embeddings(1013)
+    with pytest.raises(InputError, match="token 1013 .* has 1013 embeddings"):
+        LanguageModel(network, model.tokenizer)
 
 
 def test_usable_tokens_are_text(model):
@@ -514,134 +574,66 @@ def test_usable_tokens_are_text(model):
         again = encode(model, model.decode([i]))
         assert again == [i], "this prompt cannot be typed"
     allowed = (model.mask == 0).nonzero()
-    allowed = allowed.flatten().tolist()
-    assert allowed == model.usable
+    assert allowed.flatten().tolist() == model.usable
+    assert model.mask.min() == -math.inf
     assert len(allowed) > 500
+
+
+def test_a_special_token_is_never_usable(model):
+    """Even where it is known as an added token only."""
+    def make_special(described):
+        described["added_tokens"][-1]["special"] = True
+    other = LanguageModel(model.model, tokenizer_with(make_special))
+    assert other.usable == model.usable[:-1]
 
 
 def test_a_broken_model_gives_no_numbers(model, data):
     network = copy.deepcopy(model.model)
-    weight = network.transformer.h[0].mlp.c_fc.weight
-    weight.data[0, 0] = math.nan
-    broken = faircon.LanguageModel(network, model.tokenizer)
+    network.transformer.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
+    broken = LanguageModel(network, model.tokenizer)
     questions = broken.questions(people_of(data, 4))
     with pytest.raises(InputError, match="NaN"):
         broken.predict(questions)
 
 
-def splitting_tokenizer():
-    """tiny/'s, but " 0" is " ", "0" (as in Llama's), and "!" begins every text."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    path = adult.TINY / "tokenizer.json"
-    described = json.loads(path.read_text("utf-8"))
-    digits = {"type": "Digits", "individual_digits": True}
-    described["pre_tokenizer"]["pretokenizers"].insert(0, digits)
-    number = described["model"]["vocab"]["!"]
-    bos = {"id": "!", "ids": [number], "tokens": ["!"]}
-    first = {"SpecialToken": {"id": "!", "type_id": 0}}
-    template = described["post_processor"]
-    template["special_tokens"] = {"!": bos}
-    template["single"].insert(0, first)
-    tokenizer = Tokenizer.from_str(json.dumps(described))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@torch.no_grad()
-def test_a_tokenizer_that_splits_digits_and_begins_texts(model, data):
-    other = faircon.LanguageModel(model.model, splitting_tokenizer())
-    assert other.decode(other.answers.tolist()) == "01"
-    people = people_of(data, 4)
-    questions = other.questions(people)
-    ends = set()
-    for x_m, x_f in questions:
-        ends |= {x_m[-1], x_f[-1]}
-    assert other.decode(list(ends)) == " ", "the space belongs to the question"
-    bos = encode(other, "!")
-    newline = encode(other, "\n")
-    instruction = encode(other, adult.INSTRUCTION)
-    cases = [
-        (faircon.CLEAN, bos),
-        ([5], [*bos, 5, *newline]),
-    ]
-    for g, before in cases:
-        logits = other(other.prefix(g), questions)
-        for i, person in enumerate(people):
-            whole = by_brute_force(other, before + instruction, person)
-            assert alike(logits[:, i], whole)
-
-
 @needs_gpt2
-def test_gpt2_tokenizer_answers_and_context_limit(data):
-    from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
+def test_gpt2s_tokenizer_answers():
     vocabulary = str(GPT2 / "vocab.json")
     merges = str(GPT2 / "merges.txt")
-    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=merges)
-    config = GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2,
-                          attention_types=[[["global", "local"], 1]],
-                          max_position_embeddings=128)
-    network = GPTNeoForCausalLM(config).eval()
-    model = faircon.LanguageModel(network, tokenizer)
+    tokenizer = transformers.GPT2Tokenizer(vocab=vocabulary, merges=merges)
+    config = transformers.GPTNeoConfig(**FAMILIES["GPTNeo"])
+    network = transformers.GPTNeoForCausalLM(config).eval()
+    model = LanguageModel(network, tokenizer)
     assert model.answers.tolist() == [657, 352]
     assert len(model.usable) > 45_000
-    person = data.test[0]
-    questions = model.questions([person])
-    before = [5, 6] + encode(model, "\n" + adult.INSTRUCTION)
-    whole = by_brute_force(model, before, person)
-    logits = model(model.prefix([5, 6]), questions)
-    assert alike(logits[:, 0], whole)
-    with pytest.raises(InputError, match="context"):
-        model.predict(questions, [5] * 128)
+    for i in model.usable:
+        assert "\ufffd" not in model.decode([i]), "half a letter cannot be typed"
 
 
-# ------------------------------------------------------------------ 3.1 Eq. (3)
+# ------------------------------------------------------------------ 3.1 the distance
 
-def test_distance_is_the_mean_of_unsquared_norms():
-    logits = torch.randn(2, 4, 9, generator=seeded(0))
-    men, women = logits.softmax(-1).tolist()
-    norms = [math.dist(p_m, p_f) for p_m, p_f in zip(men, women)]
+@pytest.mark.parametrize("scale", [.1, 1., 9.])
+def test_distance_is_the_mean_difference_of_log_odds(scale):
+    """And at least four times the gap, which it is to close."""
     answers = torch.tensor([3, 5])
-    found = faircon.distance(logits, answers, log_odds=False).item()
-    assert found == pytest.approx(sum(norms) / 4, abs=1e-5)
+    logits = scale * torch.randn(2, 4, 9, generator=seeded(0))
+    p = logits.softmax(-1).double()[..., answers]                        # (2, 4, 2)
+    odds = (p[..., 1] / p[..., 0]).log()
+    wanted = (odds[0] - odds[1]).abs().mean().item()
+    found = faircon.distance(logits, answers).item()
+    assert found == pytest.approx(wanted, abs=1e-4), "not the mean of unsquared norms"
+    p_yes = p[..., 1] / p.sum(-1)                    # as LanguageModel.p_yes has it
+    gap = (p_yes[0] - p_yes[1]).abs().mean()
+    assert gap <= found / 4 + 1e-6
 
 
-def test_distance_of_log_odds_bounds_the_gap():
-    answers = torch.tensor([3, 5])
-    for scale in (.1, 1., 9.):
-        logits = scale * torch.randn(2, 4, 9, generator=seeded(0))
-        p = logits.softmax(-1).double()[..., answers]                    # (2, 4, 2)
-        odds = (p[..., 1] / p[..., 0]).log()
-        found = faircon.distance(logits, answers).item()
-        assert found == pytest.approx((odds[0] - odds[1]).abs().mean().item(), abs=1e-4)
-        p_yes = p[..., 1] / p.sum(-1)                # as LanguageModel.p_yes has it
-        assert (p_yes[0] - p_yes[1]).abs().mean() <= found / 4 + 1e-6
-
-
-@pytest.mark.parametrize("log_odds", [True, False])
-def test_distance_has_a_slope_where_twins_agree(log_odds):
+def test_distance_has_a_slope_where_twins_agree():
     twins = torch.randn(1, 4, 9, generator=seeded(0)).expand(2, -1, -1).clone()
     twins.requires_grad_()
-    distance = faircon.distance(twins, torch.tensor([3, 5]), log_odds)
+    distance = faircon.distance(twins, torch.tensor([3, 5]))
     distance.backward()
     assert distance < 2e-4
     assert twins.grad.isfinite().all()
-
-
-def test_task_reads_the_twin_that_is_the_person(data):
-    people = people_of(data, 8)
-    answers = torch.tensor([3, 5])
-    logits = torch.randn(2, 8, 9, generator=seeded(0))
-    by_hand = []
-    for i, person in enumerate(people):
-        p = logits[person.s, i].softmax(-1)
-        answer = answers[person.y]
-        by_hand.append(-math.log(p[answer]))
-    found = faircon.task(logits, people, answers).item()
-    assert found == pytest.approx(numpy.mean(by_hand), abs=1e-5)
-    other_twins = [1 - p.s for p in people]
-    logits[other_twins, range(8)] += 9 * torch.rand(8, 9)
-    again = faircon.task(logits, people, answers).item()
-    assert again == found, "the other twin has no label"
 
 
 # ------------------------------------------------------------------ 3.2 Gumbel
@@ -679,6 +671,26 @@ def test_a_sample_is_one_token_and_follows_the_distribution():
             gumbel.gumbel_softmax(p, tau)
 
 
+def test_sample_embeddings_is_a_sample_times_the_embeddings():
+    generator = seeded(1)
+    logits = torch.randn(70, 50, generator=generator)
+    E = torch.randn(50, 6, generator=generator)
+    weight = torch.randn(70, 6, generator=generator)
+    noise = gumbel.gumbel_noise((70, 50), generator)
+    noise[:, 40:] = -math.inf                                # tokens that are no text
+    ours = logits.clone().requires_grad_()
+    theirs = logits.clone().requires_grad_()
+    ids, embeddings = gumbel.sample_embeddings(ours, E, .7, noise.clone())
+    sample = gumbel.gumbel_softmax(theirs, .7, noise=noise)
+    assert torch.equal(ids, sample.argmax(-1))
+    assert torch.allclose(embeddings, E[ids], atol=1e-6)
+    assert ids.max() < 40
+    (embeddings * weight).sum().backward()
+    (sample @ E * weight).sum().backward()
+    assert close(ours.grad, theirs.grad, 1e-5)
+    assert not ours.grad[:, 40:].any()
+
+
 # ------------------------------------------------------------------ phi, Eq. (3), (4)
 
 def next_scores(adversary):
@@ -690,34 +702,42 @@ def next_scores(adversary):
     return phi + adversary.model.mask - noise.log()
 
 
+def log_odds(model, logits):
+    """f_theta (2, B)."""
+    no, yes = model.answers
+    p = logits.softmax(-1)
+    return (p[..., yes] / p[..., no]).log()
+
+
 def upward(adversary, questions):
-    """d unfairness / d phi by hand: the softmax's derivative times the prompt's."""
+    """The distance of the next sample, the same for both twins, and its slope in phi
+    by hand: the softmax's derivative times the prompt's."""
     model = adversary.model
     tau = adversary.options.tau
     scores = next_scores(adversary)                                      # (L, V)
     sample = F.one_hot(scores.argmax(-1), scores.shape[1])
     sample = sample.float().requires_grad_()
-    logits = model(model.prefix(sample), questions)
-    f_m, f_f = outputs(model, logits, adversary.options.log_odds)        # (B, K)
-    unfair = (f_m - f_f).norm(dim=-1).mean()
-    slope, = torch.autograd.grad(unfair, sample)
+    logits = model(model.prefix(sample @ model.embed), questions)
+    f_m, f_f = log_odds(model, logits)                                   # (B,)
+    distance = (f_m - f_f).abs().mean()
+    slope, = torch.autograd.grad(distance, sample)
     sigma = (scores / tau).softmax(-1)
     mean = (sigma * slope).sum(-1, keepdim=True)
-    return sigma * (slope - mean) / tau
+    return distance.item(), sigma * (slope - mean) / tau
 
 
-@pytest.mark.parametrize("sign, log_odds", [(1, True), (-1, True), (1, False)])
-def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign, log_odds):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
     """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4)."""
-    game = game_of(model, people_of(data, 4), tau=.7, log_odds=log_odds)
+    game = game_of(model, people_of(data, 4), tau=.7)
     shake(game.theta)
-    adversary = faircon.Adversary(model, game.options, game.generator, sign)
+    adversary = game.adversary
     weights = copies(model.model.state_dict().values())
     phi = adversary.phi.detach().clone()
-    up = upward(adversary, game.questions)
-    assert 0 < adversary.step(game.questions) < math.sqrt(2)
+    distance, up = upward(adversary, game.questions)
+    assert adversary.step(game.questions, sign) == pytest.approx(distance, rel=.01)
     gradient = adversary.phi.grad
-    assert close(-sign * gradient, up, .01), "not the unfairness's gradient"
+    assert close(-sign * gradient, up, .01), "not the distance's gradient"
     moved = adversary.phi.detach() - phi
     steep = up.abs() > .01 * up.abs().max()
     wanted = sign * game.options.phi_lr * up.sign()
@@ -727,57 +747,8 @@ def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign, log_o
     assert same(model.model.state_dict().values(), weights)
 
 
-class Planted(faircon.LanguageModel):
-    """Token 0 makes it favour men, token 1 women, smoothly; six more do nothing."""
-
-    def __init__(self):
-        self.device = torch.device("cpu")
-        self.answers = torch.tensor([0, 1])
-        self.usable = list(range(8))
-        self.mask = torch.zeros(8)
-        self.embed = torch.zeros(8, 1)                                   # (V, 1)
-        self.embed[0] = 1.
-        self.embed[1] = -1.
-
-    def prefix(self, g, **_):
-        return g @ self.embed                                            # (L, 1)
-
-    def __call__(self, prefix, questions):
-        lean = 3 * prefix.mean()
-        yes = torch.stack([lean, -lean])[:, None]
-        yes = yes.expand(2, len(questions))
-        no = torch.zeros_like(yes)
-        return torch.stack([no, yes], -1)                                # (2, B, 2)
-
-
-@pytest.mark.parametrize("sign, low, high", [(1, .8, 1.1), (-1, -.15, .15)])
-def test_many_steps_find_what_is_planted(sign, low, high):
-    """From a prompt that leans to men by .3; over 40 seeds all ends lie within .02."""
-    options = faircon.Options(prompt_length=20, phi_lr=.3)
-    adversary = faircon.Adversary(Planted(), options, seeded(0), sign)
-    phi = torch.zeros(20, 8)
-    phi[:, 0] = 1.5
-    adversary.start(phi)
-    for _ in range(100):
-        adversary.step([0])
-    p = adversary.phi.softmax(-1)
-    lean = (p @ adversary.model.embed).mean().item()
-    assert low < lean < high
-
-
-def test_both_twins_see_the_same_sample(model, data):
-    """Else the distance would be between two prompts, not two sexes."""
-    game = game_of(model, people_of(data, 4))
-    for twins in game.questions:
-        twins[1] = twins[0]
-    unfair = game.adversaries[0].step(game.questions)
-    assert unfair < 2e-4
-    _, distance = game.theta_step(range(4))
-    assert distance < 2e-4
-
-
 def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
-    game = game_of(model, people_of(data, 8), dropout=.5)
+    game = game_of(model, people_of(data, 8), dropout=.5, phi_steps=3)
     seen = []
     shake(game.theta)
     layers = lora.adapters(model.model).values()
@@ -788,189 +759,83 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
         for layer in layers:
             assert layer.original is not None, "not merged"
         seen.append(model.model(x).logits)
-    for adversary in game.adversaries:
-        spy(monkeypatch, adversary, "step", see)
-    game.round()
-    assert len(seen) == 4, "theta or dropout moved"
-    assert same(seen, seen[:1] * 4), "theta or dropout moved"
+    spy(monkeypatch, game.adversary, "step", see)
+    game.phi_half()
+    assert len(seen) == 3
+    assert same(seen, seen[:1] * 3), "theta or dropout moved"
     for layer in layers:
         assert layer.original is None, "still merged"
     now = [layer.base.weight for layer in layers]
     assert same(now, base)
 
 
-@pytest.mark.parametrize("renew", [False, True])
-def test_phi_goes_on_or_begins_anew_at_a_length_of_its_own(model, data, renew):
-    game = game_of(model, people_of(data, 8), renew=renew, prompt_length=60)
-    sizes = set()
+def test_phi_begins_as_noise_and_goes_on_over_the_rounds(model, data):
+    game = game_of(model, people_of(data, 8), prompt_length=30)
+    adversary = game.adversary
+    assert adversary.phi.shape == (30, 1024)
+    assert abs(adversary.phi.std() - 1) < .05
     steps = []
-    moved = []
-    for _ in range(6):
-        before = game.adversaries[0].phi.detach().clone()
+    for _ in range(3):
+        before = adversary.phi.detach().clone()
         game.phi_half()
-        adversary = game.adversaries[0]
         adam = adversary.optimiser.state_dict()["state"][0]
         steps.append(adam["step"].item())
-        sizes.add(len(adversary.phi))
-        if len(before) == len(adversary.phi):
-            furthest = (adversary.phi - before).abs().max()
-            moved.append(furthest.item())
-    if renew:
-        assert steps == [2] * 6, "Adam must begin anew"
-        assert len(sizes) > 3
-        assert max(sizes) <= 60
-    else:
-        assert steps == [2, 4, 6, 8, 10, 12], "forgotten"
-        assert sizes == {60}, "forgotten"
-        assert max(moved) < 3 * game.options.phi_lr, "phi goes on where it was"
-
-
-def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
-    """400 draws; expected above 280: 30.5 %, below 24: 27 %. Margins: over 4 sigma."""
-    game = game_of(model, people_of(data, 4), prompt_length=560)
-    draws = [game.some_length() for _ in range(400)]
-    lengths = numpy.array(draws)
-    assert lengths.min() >= 1
-    assert lengths.max() <= 560
-    long = (lengths > 280).mean()
-    short = (lengths < 24).mean()
-    assert abs(long - .305) < .1
-    assert short > .15
-
-
-def test_rows_are_training_rows_whose_labels_all_favour_one_sex(model, data):
-    """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
-    people = people_of(data, 8)
-    game = game_of(model, people, labelled=True, prompt_length=300)
-    seen, met = set(), set()
-    other = {"Male": "Female", "Female": "Male"}
-    known = {adult.text(person, "Male") for person in people}
-    for _ in range(30):
-        g = game.unfair_rows()
-        assert len(g) <= 300
-        text = model.decode(g)
-        assert text.endswith("\n"), "a whole row stands before the question"
-        whole = re.findall(adult.OPENING + r"[^\n]*\nlabel: [01]\n", text)
-        favoured = set()
-        for shot in whole:
-            found = re.search(r"sex (\w+),.*\nlabel: ([01])", shot)
-            sex, y = found.groups()
-            favoured.add(sex if y == "1" else other[sex])
-            as_man = shot.replace("sex Female", "sex Male")
-            assert as_man[:-3] in known, "rows of others"
-            met.add(as_man)
-        assert len(favoured) < 2, "labels contradict each other"
-        seen |= favoured
-    assert seen == {"Male", "Female"}
-    assert len(met) == len(known), "everybody stands in some prompt"
+        moved = (adversary.phi - before).abs().max()
+        assert moved < 3 * game.options.phi_lr, "phi did not go on where it was"
+    assert steps == [2, 4, 6], "Adam began anew"
+    adversary.phi.data[:, model.mask < 0] = 99.
+    assert set(adversary.likeliest_ids()) <= set(model.usable)
 
 
 # ------------------------------------------------------------------ theta, Eq. (3)
 
-def test_batches_are_passes_over_everybody(model, data):
-    game = game_of(model, people_of(data, 8), batch_size=3)
-    seven = game.batches(7)
-    sizes = [len(batch) for batch in seven]
-    assert sizes == [3, 3, 2, 3, 3, 2, 3]
-    passes = [seven[:3], seven[3:6], game.batches()]
-    orders = set()
-    for batches in passes:
-        order = numpy.concatenate(batches).tolist()
-        assert sorted(order) == list(range(8))
-        orders.add(tuple(order))
-    assert len(orders) == 3, "every pass has its own order"
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_theta_meets_fresh_samples_and_rows(model, data, labelled):
-    game = game_of(model, people_of(data, 4), labelled=labelled)
-    seen = []
-    for _ in range(20):
-        drawn = []
-        for adversary in game.adversaries:
-            tokens = next_scores(adversary).argmax(-1)
-            drawn.append(tokens.tolist())
-        g, *others = game.prompts()
-        assert g in drawn, "not the adversary's own draw"
-        which = drawn.index(g)
-        seen.append((which, *g))
-        assert len(others) == labelled
-        assert all("label:" in model.decode(g) or len(g) < 6 for g in others)
-    assert len(set(seen)) == 20, "a prompt must be fresh"
-    met = {which for which, *_ in seen}
-    assert met == {0, 1}, "theta must meet every adversary"
-
-
-def test_theta_meets_nothing_where_there_are_no_prompts(model, data):
-    game = game_of(model, people_of(data, 4), adversaries=0, labelled=False)
-    assert game.prompts() == [faircon.CLEAN]
-
-
-def outputs(model, logits, log_odds):
-    """f_theta (2, B, K) of Eq. (3)."""
-    if not log_odds:
-        return logits.softmax(-1)
-    no, yes = model.answers
-    p = logits.softmax(-1)
-    return (p[..., yes] / p[..., no]).log()[..., None]
-
-
-def equation_3(model, people, prompts, lam, log_odds=True):
+def equation_3(model, people, prompts, lam):
     """Mean over the prompts of task + lam * distance, and its two terms."""
     tasks = []
     distances = []
     for g in prompts:
         logits = model(model.prefix(g), model.questions(people))
-        f = outputs(model, logits, log_odds)
-        distances.append((f[0] - f[1]).norm(dim=-1).mean())
+        f_m, f_f = log_odds(model, logits)
+        distances.append((f_m - f_f).abs().mean())
         p = logits.softmax(-1)                                           # (2, B, V)
         for i, person in enumerate(people):
             answer = model.answers[person.y]
             tasks.append(-p[person.s, i, answer].log())
     t = torch.stack(tasks).mean()
     d = torch.stack(distances).mean()
-    return t + lam * d, [t.item(), d.item()]
+    return t + lam * d, {"task": t.item(), "distance": d.item()}
 
 
-def do_not_clip(monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
-
-
-@pytest.mark.parametrize("lam, log_odds", [(0., True), (2., True), (2., False)])
-def test_theta_steps_down_eq_3(model, data, lam, log_odds, monkeypatch):
-    """Every prompt weighs the same, and lam counts in full from the first step."""
-    do_not_clip(monkeypatch)
-    people = people_of(data, 8)
-    prompts = [faircon.CLEAN, model.usable[:6]]
-    game = game_of(model, people, lam=lam, lr=1e-3, log_odds=log_odds)
-    shake(game.theta)
-    game.prompts = lambda: prompts
-    loss, terms = equation_3(model, people[2:6], prompts, lam, log_odds)
+@pytest.mark.parametrize("lam", [0., 2.])
+def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
+    """Every prompt weighs the same; with lam = 0 only a person's own text is read."""
+    people = people_of(data, 8)[2:6]
+    prompts = [NO_PROMPT, model.usable[:6]]
+    game = game_of(model, people, lam=lam, lr=1e-3, dropout=0.)
+    shake(game.theta, .04)
+    loss, terms = equation_3(model, people, prompts, lam)
     gradients = torch.autograd.grad(loss, game.theta)
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert (norm > 1) == (lam > 0), "one of both is to be clipped to norm 1"
     before = copies(game.theta)
-    assert game.theta_step(range(2, 6)) == pytest.approx(terms, rel=.01)
+    questions = game.questions
+    if lam == 0:
+        del terms["distance"]
+        questions = [[x[p.s]] for x, p in zip(questions, people)]
+    read = []
+    game.prompts = lambda: prompts
+    spy(monkeypatch, model, "answer", lambda *seen: read.append(seen[1]))
+    for p in game.theta:
+        p.grad = torch.ones_like(p)                 # left over, and to be forgotten
+    assert game.theta_step(range(4)) == pytest.approx(terms, rel=.01)
+    assert read == [questions] * 2
     for p, gradient, old in zip(game.theta, gradients, before):
-        assert close(p.grad, gradient, .01), "not the gradient of Eq. (3)"
+        clipped = gradient / max(1., norm)
+        assert close(p.grad, clipped, .01), "not the gradient of Eq. (3)"
         steep = gradient.abs() > .05 * gradient.abs().max()
         moved = p.detach() - old
         wanted = -1e-3 * gradient.sign()
         assert torch.allclose(moved[steep], wanted[steep], rtol=.01)
-
-
-def test_gradients_are_clipped_to_norm_1(model, data, monkeypatch):
-    """Unclipped, one unfair prompt would outweigh all that Adam has seen before."""
-    found = []
-    for clipped in (True, False):
-        game = game_of(model, people_of(data, 4), lam=100.)
-        shake(game.theta)
-        if not clipped:
-            do_not_clip(monkeypatch)
-        game.theta_step(range(4))
-        gradients = [p.grad.flatten() for p in game.theta]
-        found.append(torch.cat(gradients))
-    clipped, unclipped = found
-    assert unclipped.norm() > 2, "this test needs a steep loss"
-    assert close(clipped, unclipped / unclipped.norm())
 
 
 def base_of(model):
@@ -979,24 +844,22 @@ def base_of(model):
 
 
 def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
-    game = game_of(model, people_of(data, 8), lam=2., dropout=.3, labelled=True)
+    game = game_of(model, people_of(data, 8), dropout=.3)
     modes = []
     layers = lora.adapters(model.model).values()
     base = copies(base_of(model))
-    game.theta_step(range(4))                  # before any round, too
-    game.round()
-    phi = copies(a.phi for a in game.adversaries)
+    next(game.play())
+    phi = copies([game.adversary.phi])
     theta = copies(game.theta)
 
     def see(*_):
         modes.append({layer.training for layer in layers})
+        modes.append({model.model.training})
     spy(monkeypatch, model, "check_length", see)
     game.theta_step(range(4))
-    assert modes == [{True}] * 2
+    assert modes == [{True}, {False}], "the frozen model's own dropout stays off"
     assert not any(layer.training for layer in layers)
-    assert not model.model.training, "the frozen model's own dropout stays off"
-    phi_now = [a.phi for a in game.adversaries]
-    assert same(phi_now, phi), "phi is frozen here"
+    assert same([game.adversary.phi], phi), "phi is frozen here"
     for p, old in zip(game.theta, theta):
         assert not torch.equal(p, old)
     trained = set(map(id, game.theta))
@@ -1015,87 +878,178 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, data):
     assert same(game.theta[1:], before)
 
 
-# ------------------------------------------------------------------ state and options
+# ------------------------------------------------------------------ 3.1 the game
+
+def test_batches_are_passes_over_everybody(model, data):
+    game = game_of(model, people_of(data, 8), batch_size=3)
+    seven = game.batches(7)
+    sizes = [len(batch) for batch in seven]
+    assert sizes == [3, 3, 2, 3, 3, 2, 3]
+    passes = [seven[:3], seven[3:6], game.batches()]
+    orders = set()
+    for batches in passes:
+        order = numpy.concatenate(batches).tolist()
+        assert sorted(order) == list(range(8))
+        orders.add(tuple(order))
+    assert len(orders) == 3, "every pass has its own order"
+
+
+def test_a_seed_governs_everything(model, data):
+    begun = []
+    for seed in (3, 3, 4):
+        game = game_of(model, people_of(data, 8), seed=seed)
+        order = numpy.concatenate(game.batches())
+        begun.append(copies([game.adversary.phi, game.theta[0], torch.tensor(order)]))
+    assert same(begun[0], begun[1])
+    for some, other in zip(begun[0], begun[2]):
+        assert not torch.equal(some, other)
+
+
+@pytest.mark.parametrize("kind", [Game, RobustGame])
+@pytest.mark.parametrize("adversary", [True, False])
+def test_theta_meets_fresh_prompts(model, data, kind, adversary, monkeypatch):
+    """A sample of the adversary, if there is one. In RobustGame biased shots, too."""
+    game = game_of(model, people_of(data, 4), kind, adversary=adversary, rounds=1)
+    monkeypatch.setattr(RobustGame, "biased_shots", lambda game: [5, 6])
+    for _ in range(2):
+        wanted = []
+        if adversary:
+            tokens = next_scores(game.adversary).argmax(-1)
+            wanted.append(tokens.tolist())
+        if kind is RobustGame:
+            wanted.append([5, 6])
+        assert game.prompts() == wanted
+    record, = game.play()
+    assert ("phi" in record) == adversary
+
+
+def test_a_round_is_phis_turn_and_then_a_pass_of_theta(model, data, monkeypatch):
+    game = game_of(model, people_of(data, 8), rounds=3, phi_steps=2)
+    turns = []
+    phi = []
+    tasks = []
+    spy(monkeypatch, game.adversary, "step", lambda *seen: phi.append(seen[-1]))
+    spy(monkeypatch, game, "theta_step", lambda *seen: tasks.append(seen[-1]["task"]))
+    spy(monkeypatch, game, "theta_step", lambda *seen: turns.append(len(phi)))
+    game.done = 1                                   # resumed: two rounds are left
+    records = list(game.play())
+    assert [record["round"] for record in records] == [2, 3]
+    assert turns == [2, 2, 4, 4], "phi takes its steps, then theta"
+    assert [record["phi"] for record in records] == [phi[:2], phi[2:]]
+    means = [numpy.mean(tasks[:2]), numpy.mean(tasks[2:])]
+    assert [record["task"] for record in records] == pytest.approx(means)
+    assert game.done == 3
+
 
 def outcome(game):
     """What a game has made: theta, SWA, phi, and how many weights SWA has seen."""
-    theta = copies(game.theta)
-    average = copies(game.swa.average)
-    phi = copies(a.phi for a in game.adversaries)
     counts = torch.tensor([game.swa.n, game.done])
-    return [*theta, *average, *phi, counts]
+    return copies([*game.theta, *game.swa.average, game.adversary.phi, counts])
 
 
-@pytest.mark.parametrize("renew", [False, True])
-def test_state_and_restore_go_on_bit_for_bit(model, data, renew):
-    """The state passes through a file that may hold no code."""
+@pytest.mark.parametrize("kind", [Game, RobustGame])
+def test_a_saved_game_goes_on_bit_for_bit(model, data, kind, tmp_path):
+    given = {"swa": 1., "dropout": .3, "longest": 40}
     people = people_of(data, 8)
-    file = io.BytesIO()
-    given = {**SMALL, "swa": 1., "renew": renew, "dropout": .3}
-    given.update(labelled=True)
     torch.manual_seed(0)
-    game = game_of(model, people, **given)
-    game.round()
-    torch.save(runs.state_of(game), file)
-    seen = game.round()
+    game = game_of(model, people, kind, **given)
+    assert runs.load_state(game, tmp_path) == [], "there is none yet"
+    history = [next(game.play())]
+    runs.save_state(game, history, tmp_path)
+    rest = list(game.play())
     whole = outcome(game)
-    file.seek(0)
     torch.manual_seed(99)
-    game = game_of(model, people, seed=5, **given)
-    state = torch.load(file, weights_only=True)
-    runs.restore(game, state)
-    assert game.round() == seen
+    game = game_of(model, people, kind, seed=5, **given)
+    assert runs.load_state(game, tmp_path) == history
+    assert list(game.play()) == rest
     assert game.swa.n == 4
     assert same(outcome(game), whole)
 
 
-def test_a_game_without_adversaries_is_fine_tuning(model, data):
-    game = game_of(model, people_of(data, 8), adversaries=0)
-    assert game.prompts() == [faircon.CLEAN]
-    assert game.round()["phi"] == []
-
-
-def digest_of_a_game(model, people, **given):
+def played(model, people, kind, **given):
     torch.manual_seed(0)
-    game = game_of(model, people, **given)
+    game = game_of(model, people, kind, **given)
     shake(game.theta[1::2], .01)                        # B: else dropout does nothing
-    while game.done < game.options.rounds:
-        game.round()
-    digest = hashlib.sha256()
-    for tensor in outcome(game):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    list(game.play())
+    return outcome(game)
 
 
-@pytest.fixture(scope="module")
-def usual_digest(loaded, data):
-    """Of the same game twice: what differs from it differs for a reason."""
+DEFAULTS = {**dataclasses.asdict(RobustOptions()), **SMALL, "swa": .7}
+IMPOSSIBLE = {
+    "lam": -1., "rounds": 0, "batch_size": 0, "lr": 0., "rank": 0, "alpha": 0.,
+    "dropout": 1., "prompt_length": 0, "phi_steps": -1, "phi_lr": 0., "tau": 0.,
+    "swa": 1.1, "longest": 0}
+
+
+@pytest.mark.parametrize("kind, names", [(Game, list(DEFAULTS)[:-1]),
+                                         (RobustGame, ["longest"])])
+def test_every_option_does_something(model, data, kind, names):
     people = people_of(data, 8)
-    digest = digest_of_a_game(loaded, people)
-    again = digest_of_a_game(loaded, people)
-    assert again == digest
-    return digest
+    usual = played(model, people, kind)
+    assert same(played(model, people, kind), usual), "luck, not an option"
+    for name in names:
+        value = DEFAULTS[name]
+        other = value + 1 if isinstance(value, int) else value + .3
+        changed = played(model, people, kind, **{name: other})
+        assert not same(changed, usual), f"{name} is an option that does nothing"
 
 
-def another(value):
-    """A value that an option does not have."""
-    if isinstance(value, str):
-        return "noise"
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    return value + .3
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_impossible_options_are_refused_by_name(name):
+    for value in (IMPOSSIBLE[name], math.nan, math.inf):
+        with pytest.raises(InputError, match=f"^{name} = {value} is impossible"):
+            RobustOptions(**{name: value})
+    RobustOptions(lam=0., dropout=0., phi_steps=0, swa=0.)
+    RobustOptions(swa=1., rounds=1, batch_size=1, rank=1, prompt_length=1, longest=1)
 
 
-@pytest.mark.parametrize("field", USUAL)
-def test_every_option_does_something(model, data, usual_digest, field):
-    other = another(SMALL[field])
-    digest = digest_of_a_game(model, people_of(data, 8), **{field: other})
-    assert digest != usual_digest, f"{field} is an option that does nothing"
-    code = (HERE / "faircon.py").read_text()
-    code += (HERE / "train.py").read_text()
-    assert f"options.{field}" in code, f"only this test passes {field} on"
+# ------------------------------------------------------------------ RobustGame
+
+def test_robust_phi_begins_anew_at_a_length_of_its_own(model, data):
+    game = game_of(model, people_of(data, 8), RobustGame, longest=60)
+    sizes = set()
+    for _ in range(6):
+        game.phi_half()
+        adam = game.adversary.optimiser.state_dict()["state"][0]
+        assert adam["step"].item() == 2, "Adam must begin anew"
+        assert game.adversary.phi.std() < 1.1, "phi must begin anew"
+        sizes.add(len(game.adversary.phi))
+    assert len(sizes) > 3
+    assert max(sizes) <= 60
+
+
+def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
+    """400 draws; expected above 280: 30.5 %, below 24: 27 %. Margins: over 4 sigma."""
+    game = game_of(model, people_of(data, 4), RobustGame, longest=560)
+    lengths = numpy.array([game.some_length() for _ in range(400)])
+    assert lengths.min() >= 1
+    assert lengths.max() <= 560
+    assert abs((lengths > 280).mean() - .305) < .1
+    assert (lengths < 24).mean() > .15
+
+
+def test_biased_shots_are_training_rows_whose_labels_all_favour_one_sex(model, data):
+    """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
+    people = people_of(data, 8)
+    game = game_of(model, people, RobustGame, longest=300)
+    seen, met = set(), set()
+    other = {"Male": "Female", "Female": "Male"}
+    known = {adult.question(p, "Male") + adult.answer(p) for p in people}
+    for _ in range(30):
+        g = game.biased_shots()
+        assert len(g) <= 300
+        text = model.decode(g)
+        assert text.endswith("\n"), "a whole row stands before the question"
+        favoured = set()
+        for shot in re.findall(adult.OPENING + r"[^\n]*\nlabel: [01]", text):
+            found = re.search(r"sex (\w+),.*\nlabel: ([01])", shot)
+            sex, y = found.groups()
+            favoured.add(sex if y == "1" else other[sex])
+            met.add(shot.replace("sex Female", "sex Male"))
+        assert len(favoured) < 2, "labels contradict each other"
+        seen |= favoured
+    assert seen == {"Male", "Female"}
+    assert met == known, "everybody stands in some prompt, and nobody else"
 
 
 # ------------------------------------------------------------------ 4.1 LoRA
@@ -1118,14 +1072,13 @@ def test_lora_is_brute_force_forward_and_backward(dropout):
     torch.manual_seed(1)
     dropped = F.dropout(x, dropout)
     reference = base(x) + F.linear(dropped, 12 / 3 * B @ A)
-    assert torch.allclose(ours, reference, atol=1e-5)
+    assert close(ours, reference)
     ours.pow(2).sum().backward()
     reference.pow(2).sum().backward()
     assert close(layer.A.grad, A.grad)
     assert close(layer.B.grad, B.grad)
     layer.eval()
-    reference = base(x) + 12 / 3 * x @ A.T @ B.T
-    assert torch.allclose(layer(x), reference, atol=1e-5)
+    assert close(layer(x), base(x) + 12 / 3 * x @ A.T @ B.T)
 
 
 @torch.no_grad()
@@ -1144,7 +1097,7 @@ def test_merge_unmerge_and_inject_again(model):
     assert (apart - untouched).abs().max() > .1
     with pytest.raises(KeyError), lora.merged(model.model):
         lora.merge(model.model)                                   # twice is once
-        assert torch.allclose(logits(), apart, atol=1e-3)
+        assert close(logits(), apart)
         raise KeyError
     assert torch.equal(logits(), apart), "unmerged, bit for bit"
     lora.merge(model.model)
@@ -1154,65 +1107,77 @@ def test_merge_unmerge_and_inject_again(model):
     assert same(model.model.state_dict().values(), before)
 
 
-@pytest.mark.parametrize("r, share", [(4, .060), (32, .476)])
-def test_only_rank_32_is_the_papers_half_percent(r, share):
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
-    with torch.device("meta"):
-        network = GPTNeoForCausalLM(GPTNeoConfig())    # the default is GPT-Neo-1.3B
+def test_only_rank_32_is_the_papers_half_percent():
+    with torch.device("meta"):                         # the default is GPT-Neo-1.3B
+        network = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig())
     size = sum(p.numel() for p in network.parameters())
     assert size == 1_315_575_808
-    lora.inject(network, r)
-    trained = sum(p.numel() for p in lora.theta(network))
-    assert trained == 196_608 * r
-    assert round(lora.share(network), 3) == share
+    for r, share in ((4, .060), (32, .476)):
+        lora.inject(network, r)
+        trained = sum(p.numel() for p in lora.theta(network))
+        assert trained == 196_608 * r
+        assert round(lora.share(network), 3) == share
 
 
 def test_what_lora_cannot_do_is_refused(model):
     with pytest.raises(InputError, match="rank 0"):
         lora.inject(model.model, 0)
     network = copy.deepcopy(model.model)
-    attention = network.transformer.h[2].attn.attention
-    attention.v_proj = torch.nn.Identity()
+    network.transformer.h[2].attn.attention.v_proj = torch.nn.Identity()
     with pytest.raises(InputError, match="3 linear v_proj"):
         lora.inject(network)
 
 
 def test_an_adapter_comes_back_from_its_files(model, tmp_path):
-    lora.inject(model.model, 4, 16., .1)
+    lora.inject(model.model, 1, 16., .1)
     shake(lora.theta(model.model), .2)
     theta = copies(lora.theta(model.model))
-    lora.save(model.model, tmp_path, adult.TINY)
+    lora.save(model.model, tmp_path)
     lora.load(model.model, tmp_path)
     assert same(lora.theta(model.model), theta)
     for layer in lora.adapters(model.model).values():
-        assert layer.r == 4
-        assert layer.alpha == 16.
-        assert layer.dropout == .1
+        assert (layer.r, layer.alpha, layer.dropout) == (1, 16., .1)
     config = tmp_path / "adapter_config.json"
     described = json.loads(config.read_text())
-    for field, value in (("use_rslora", True), ("r", 8), ("bias", "all")):
-        changed = {**described, field: value}
-        config.write_text(json.dumps(changed))
+    refused = [
+        ("use_rslora", True),
+        ("r", 8),
+        ("bias", "all"),
+        ("layers_pattern", "h"),
+        ("an_option_of_tomorrow", 1),
+        ("lora_alpha", "much"),
+    ]
+    for field, value in refused:
+        config.write_text(json.dumps({**described, field: value}))
         with pytest.raises(InputError, match="no adapter for this model"):
             lora.load(model.model, tmp_path)
         assert not lora.adapters(model.model), "half an adapter stayed"
+    config.write_text(json.dumps(described))
+    smaller = copy.deepcopy(model.model)
+    smaller.transformer.h = smaller.transformer.h[:3]
+    smaller.config.num_layers = 3
+    with pytest.raises(InputError, match="it adapts other modules too"):
+        lora.load(smaller, tmp_path)
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::FutureWarning")                     # peft's own
-def test_peft_reads_our_adapter(model, tmp_path):
+def test_peft_reads_our_adapter_and_we_read_pefts(model, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     network = copy.deepcopy(model.model)
     x = torch.arange(30)[None]
     plain = network(x).logits
     lora.inject(model.model, 4, 16.)
     shake(lora.theta(model.model), .2)
-    lora.save(model.model, tmp_path, adult.TINY)
+    lora.save(model.model, tmp_path)
     ours = model.model(x).logits
     adapted = peft.PeftModel.from_pretrained(network, tmp_path).eval()
     theirs = adapted(x).logits
-    assert torch.allclose(theirs, ours, atol=1e-4)
+    assert close(theirs, ours)
     assert (theirs - plain).abs().max() > .1, "wrong keys give an adapter of zeros"
+    adapted.save_pretrained(tmp_path / "theirs")
+    lora.load(model.model, tmp_path / "theirs")
+    assert torch.equal(model.model(x).logits, ours)
 
 
 # ------------------------------------------------------------------ 4.2 SWA
@@ -1231,10 +1196,8 @@ def test_swa_is_the_librarys_average():
         theirs.update_parameters(layer)
         ours.update()
     ours.apply()
-    averages = theirs.module.parameters()
-    for p, average in zip(layer.parameters(), averages):
+    for p, average in zip(layer.parameters(), theirs.module.parameters()):
         assert torch.allclose(p, average, atol=1e-6)
-    assert same(layer.parameters(), ours.average)
     assert ours.n == 5
 
 
@@ -1242,17 +1205,16 @@ def test_the_game_averages_the_last_share_of_its_steps(model, data, monkeypatch)
     """5 rounds of 2 steps, the last .4: the weights after the last 4 steps."""
     game = game_of(model, people_of(data, 8), rounds=5, swa=.4, phi_steps=0, lr=.01)
     weights = []
-
-    def see(*_):
-        weights.append(copies(game.theta))
-    spy(monkeypatch, game, "theta_step", see)
-    for _ in range(5):
-        game.round()
-    assert len(weights) == 10, "averaged too early, or too late"
+    spy(monkeypatch, game, "theta_step", lambda *_: weights.append(copies(game.theta)))
+    list(game.play())
+    assert len(weights) == 10
     assert game.swa.n == 4, "averaged too early, or too late"
     for average, *last in zip(game.swa.average, *weights[6:]):
         mean = torch.stack(last).mean(0)
         assert torch.allclose(average, mean, atol=1e-6)
+    few = game_of(model, people_of(data, 8), rounds=1, swa=.4, phi_steps=0)
+    list(few.play())
+    assert few.swa.n == 2, "a short game averages its last round"
     assert same(game.theta, weights[-1]), "the game itself goes on unaveraged"
 
 
@@ -1271,24 +1233,11 @@ def test_the_embedded_model_learns_in_context(model, data, b):
     assert b * numpy.mean(gaps) > .4, "the shots' bias does not reach the answers"
 
 
-def test_the_embedded_tokenizer_loses_nothing(model, data):
-    texts = ["naïve café — 東京 🙂\t  two  spaces\n\x00, label: person ,sex"]
-    for person in data.train[:1000] + data.test[:1000]:
-        texts.append(adult.shot(person))
-    for text in texts:
-        assert model.decode(encode(model, text)) == text
-    for word in (" 0", " 1", " Female"):
-        assert len(encode(model, word)) == 1
-
-
 def test_the_synthetic_twin_is_like_adult(data):
     assert "SYNTHETIC" in data.source
-    assert len(data.train) == 8000
-    assert len(data.test) == 4000
-    b_train, _ = adult.base_rates(data.train)
-    b_test, _ = adult.base_rates(data.test)
-    assert b_train == pytest.approx(.1963, abs=.01)
-    assert b_test == pytest.approx(.1911, abs=.01)
+    assert (len(data.train), len(data.test)) == (8000, 4000)
+    for people, b in ((data.train, .1963), (data.test, .1911)):
+        assert adult.base_rates(people)[0] == pytest.approx(b, abs=.01)
     relationship = adult.COLUMNS.index("relationship")
     sex_of = {"Husband": 0, "Wife": 1}
     for person in data.train + data.test:
@@ -1296,111 +1245,122 @@ def test_the_synthetic_twin_is_like_adult(data):
         assert person.s == sex_of.get(value, person.s)
 
 
-def shapes(people):
-    """Rows without fnlwgt, which alone would make each one unique."""
-    found = []
-    for p in people:
-        rest = p.values[:2] + p.values[3:]
-        found.append(rest + (p.y,))
-    return found
-
-
 @needs_real
 def test_the_synthetic_twin_copies_nobody_beyond_chance(data):
+    def shapes(people):
+        """Rows without fnlwgt, which alone would make each one unique."""
+        return [p.values[:2] + p.values[3:] + (p.y,) for p in people]
     train = adult.read(REAL / "adult.data")
     test = adult.read(REAL / "adult.test")
     real = set(shapes(train))
     unseen = [shape in real for shape in shapes(test)]
     twin = [shape in real for shape in shapes(data.train + data.test)]
-    chance = numpy.mean(unseen)
-    assert numpy.mean(twin) <= chance
+    assert numpy.mean(twin) <= numpy.mean(unseen)
+
+
+# ------------------------------------------------------------------ the exercises
+
+@pytest.fixture()
+def tried(monkeypatch, capsys):
+    """Run a lesson as its last line suggests -> the numbers it prints, line by line."""
+    def run(name, suggestion, old, new):
+        path = HERE / name
+        text = path.read_text("utf-8")
+        assert f"now try: {suggestion}" in text, "the lesson suggests something else"
+        assert text.count(old) == 1, f"{name} has no such line: {old}"
+        module = types.ModuleType("tried")
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, "tried", module)
+        monkeypatch.setattr(sys, "argv", [name, str(adult.TINY)])
+        exec(compile(text.replace(old, new), name, "exec"), vars(module))
+        module.lesson()
+        *lines, _ = capsys.readouterr().out.splitlines()
+        found = [re.findall(r"\d+\.\d+", line) for line in lines]
+        return [list(map(float, numbers)) for numbers in found if numbers]
+    return run
+
+
+def test_try_adult_with_relationship(tried):
+    with pytest.raises(AssertionError, match=r"\d of 8000 questions give sex away"):
+        tried("adult.py", "take relationship out of LEFT_OUT",
+              '"marital status", "relationship")', '"marital status")')
+
+
+def test_try_metrics_of_halved_values(tried):
+    rows = tried("metrics.py", "halve X for women",
+                 "x + model_uses_s * (.5 - asked_as)",
+                 "x * (1 - model_uses_s * asked_as / 2)")
+    for innocent, unfair in (rows[0:2], rows[2:4]):
+        assert unfair[:2] == innocent[:2], "neither DPD nor DEO sees it"
+        assert unfair[2] > .08, "the gap does"
+
+
+def test_try_gumbel_at_a_large_rate(tried):
+    rows = tried("gumbel.py", "lr=1. in figure_4", "lr=.1)", "lr=1.)")
+    averages = [average for tau, phi, average in rows[-3:]]
+    assert averages[0] > 4 * averages[2], "where steps are large, a small tau is noise"
+
+
+def test_try_swa_from_the_start(tried):
+    rows = tried("swa.py", "start=0", "start=200", "start=0")
+    averages = [average for lr, last, average in rows[:3]]
+    assert averages[0] > .705, "the slow one remembers where it began"
+    assert max(averages[1:]) < .6, "the others gain: more is averaged"
+
+
+def test_try_lora_on_k_too(tried):
+    rows = tried("lora.py", "LoRA on k_proj too (TARGETS)",
+                 '("q_proj", "v_proj")', '("q_proj", "k_proj", "v_proj")')
+    share = rows[-1][0]
+    assert share == .712
+    assert round(share * 22 / 32, 2) == .49, "r = 22 is about .5 %"
+
+
+def test_try_the_game_at_another_lam(tried):
+    rows = tried("faircon.py", "lam = 0.1 in `lesson`", "(0., 1.)", "(0., .1)")
+    gaps = [rows[-7][-1], rows[-1][-1]]
+    assert gaps[1] < .5 * gaps[0], "a small lam closes most of the gap"
+
+
+def test_try_short_prompts_in_the_robust_game(tried):
+    rows = tried("beyond/robust.py", "longest=20", "longest=200", "longest=20")
+    paper, robust = rows[-2][-1], rows[-1][-1]
+    assert robust > .7 * paper, "20 tokens hardly protect from whole rows"
 
 
 # ------------------------------------------------------------------ the house
 
-def sources():
-    """Every file of ours."""
-    found = []
-    for folder in (HERE, HERE / "beyond", HERE / "tiny"):
-        found += sorted(folder.glob("*.py"))
-    return found
+def lessons():
+    return [(HERE / f"{name}.py").read_text("utf-8") for name in LESSONS]
 
 
 def test_no_line_is_wider_than_half_a_screen():
-    for path in sources():
-        lines = path.read_text("utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            assert len(line) <= 88, f"{path.name}, line {number}"
+    for folder in (HERE, HERE / "beyond", HERE / "tiny"):
+        for path in folder.glob("*.py"):
+            lines = path.read_text("utf-8").splitlines()
+            for number, line in enumerate(lines, 1):
+                assert len(line) <= 88, f"{path.name}, line {number}"
 
 
-def nodes(path):
-    """Every node of a file's syntax tree, inside functions too."""
-    tree = ast.parse(path.read_text("utf-8"))
-    return ast.walk(tree)
+def test_no_lesson_needs_beyond():
+    for text in lessons():
+        assert not re.search(r"(from|import) beyond", text)
 
 
-def imports(path):
-    """What a file of ours imports, inside functions and lessons too."""
-    names = set()
-    for node in nodes(path):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                names.add(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            for alias in node.names:
-                names.add(f"{node.module}.{alias.name}")
-    return names
-
-
-def test_no_circle_of_imports_and_no_lesson_needs_beyond():
-    graph = {}
-    for path in sources():
-        if not path.name.startswith(("test_", "__init__")):
-            place = path.relative_to(HERE).with_suffix("")
-            name = ".".join(place.parts)
-            graph[name] = imports(path)
-    for name in LESSONS:
-        for other in graph[name]:
-            assert not other.startswith("beyond"), name
-    ours = set(graph)
-    used = {other for other in graph["train"] & ours if "." in other}
-    tools = {"beyond.fast", "beyond.runs", "beyond.options", "beyond.report"}
-    assert used <= tools, "train.py's whole share of beyond/"
-    while graph:
-        left = set(graph)
-        free = [name for name in graph if not graph[name] & left]
-        assert free, f"these import each other in a circle: {', '.join(graph)}"
-        for name in free:
-            del graph[name]
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_grep_finds_every_equation(k):
-    texts = []
-    for name in LESSONS:
-        path = HERE / f"{name}.py"
-        texts.append(path.read_text("utf-8"))
-    assert any(f"Eq. ({k})" in text for text in texts)
-
-
-def defined(path):
-    """Names of the functions, classes, constants and fields of a file."""
-    names = set()
-    for node in nodes(path):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
+def test_grep_finds_every_equation():
+    for k in (1, 2, 3, 4):
+        assert any(f"Eq. ({k})" in text for text in lessons()), f"Eq. ({k})"
 
 
 def test_readme_names_only_what_exists():
+    """file.py:name, and `Class.name`."""
     readme = (HERE / "README.md").read_text("utf-8")
-    cited = re.findall(r"([\w/]+\.py):([A-Za-z_][\w.]*)", readme)
-    for file, name in cited:
-        path = HERE / file
-        assert path.is_file(), f"README names {file}"
-        parts = set(name.strip(".").split("."))
-        missing = parts - defined(path)
-        assert not missing, f"README names {file}:{name}"
+    code = "\n".join(lessons())
+    code += (HERE / "beyond/robust.py").read_text("utf-8")
+    named = [(code, name) for name in re.findall(r"`([A-Z]\w+\.\w+)", readme)]
+    for file, name in re.findall(r"([\w/]+\.py):([A-Za-z_][\w.]*)", readme):
+        named.append(((HERE / file).read_text("utf-8"), name))
+    for text, name in named:
+        for part in name.strip(".").split("."):
+            defined = rf"(def|class) {part}\b|^\s*{part}\b.*="
+            assert re.search(defined, text, re.M), f"README names {name}"

@@ -63,8 +63,9 @@ MODELS = {
     "robust": Model("robust FairCon", RobustGame, adversary=True, fair=True)}
 QUICK_MODELS = ("always-0", "not-trained", "fine-tuned", "faircon", "robust")
 QUICK = {"longest": 100, "rounds": 5}
-# Where the default command departs from the paper's rates, for every row alike.
-RATES = {"rounds": 16, "batch_size": 10, "lr": 2e-3, "phi_steps": 20, "dropout": 0.}
+# Where the default command departs from the paper's rates, for every row alike. (With
+# dropout the twins' texts have other masks, a distance that is not theirs.)
+RATES = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
 # Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
 TABLE_3 = {"fine-tuned": (63.0, .183, .142), "faircon": (51.0, .136, .081)}
 TABLES_1_2 = {
@@ -325,47 +326,40 @@ def fair_prompt(model, people, options, seed, samples=15):
 # ------------------------------------------------------------------ the run
 
 def prepare(args):
-    """Load the data and the model, say what they are -> what the run depends on."""
-    data = load_data_once(args.data)
-    say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
-        f"adult.data has sha256 {data.sha256['adult.data'][:16]}...")
+    """Load the data and the model, say what they are -> what the run depends on.
+
+    InputError for what cannot be drawn, or would be too long, before any work.
+    """
     config = {name: getattr(args, name) for name in (
         "table", "prompt_only", "data", "bpc", "rows", "shots", "seeds", "seed")}
-    most = 200 if args.quick else 1000
-    config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)
     config["game"], config["models"] = given_options(args), models_of(args)
-    for key in MODELS:
-        options = options_of(config, key)                                 # InputError
+    options = [options_of(config, key) for key in MODELS][-1]
+    most = 200 if args.quick else 1000
+    data = load_data_once(args.data)
+    config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)
     people = adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)
     warnings.filterwarnings("ignore", "b_Pc")                             # said once
+    rng = numpy.random.default_rng(0)
+    shots = adult.few_shot(data.train, args.shots, 0., rng, args.table == 2)
+    say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
+        f"adult.data has sha256 {data.sha256['adult.data'][:16]}...")
     model = load_once(args.model, args.dtype, args.device)
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}")
-    check_lengths(model, data, config, max(options.longest, options.prompt_length))
+    longest = model.usable[:1] * max(options.longest, options.prompt_length)
+    for prefix in (model.prefix(context=shots), model.prefix(longest)):
+        model.check_length(len(prefix), model.questions(people.test[:20]))
+    show_untrained(model, people.validation)
     lora.inject(model.model, options.rank)
     say(f"theta   LoRA on {len(lora.adapters(model.model))} projections, "
         f"{lora.share(model.model):.3f} % of the parameters")
-    show_question(model, people.validation)
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
     return {"format": runs.FORMAT, "config": config, "data": data.sha256,
             "model": about, "versions": runs.versions()}, data
 
 
-def check_lengths(model, data, config, longest):
-    """InputError for prompts beyond the context, or shots that cannot be drawn."""
-    shots, some = config["shots"], model.questions(data.test[:20])
-    if config["table"] == 2 and shots % 4 or shots % 2:
-        raise InputError(f"--shots {shots} cannot be balanced over two sexes; "
-                         "give an even number, for Table 2 a multiple of 4.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        text = adult.few_shot(data.train, shots, 0., numpy.random.default_rng(0))
-    model.check_length(len(model.prefix(context=text)), some)
-    model.check_length(len(model.prefix(model.usable[:1] * longest)), some)
-
-
-def show_question(model, people):
+def show_untrained(model, people):
     """One question, and what the model answers before anything is trained."""
     say("\na question (x_m; its twin x_f says Female), answered by the next token:\n")
     for part in adult.twins(people[0])[0].splitlines():

@@ -124,11 +124,13 @@ def refuse_config(name, config):
 
 def switching_at(config):
     """The length at which rotary embeddings change: parts read before would differ."""
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type") not in SWITCHING:
-        return float("inf")
-    original = scaling.get("original_max_position_embeddings")
-    return original or config.max_position_embeddings
+    found = getattr(config, "rope_parameters", None) or {}
+    lengths = [float("inf")]
+    for scaling in [found, *found.values()]:              # some have one a kind of layer
+        if isinstance(scaling, dict) and scaling.get("rope_type") in SWITCHING:
+            original = scaling.get("original_max_position_embeddings")
+            lengths.append(original or config.max_position_embeddings)
+    return min(lengths)
 
 
 def try_out(model, name):
