@@ -47,7 +47,7 @@ ROWS = 64               # of (L, V), whose slopes are in memory at a time
 
 
 def sample_embeddings(logits, E, tau, noise):
-    """Ids (L,) of a sample and their embeddings (L, D), differentiable in logits (L, V).
+    """Ids (L,) of a sample and its embeddings (L, D), differentiable in logits (L, V).
 
     The embeddings are gumbel_softmax(logits, tau, noise=noise) @ E, E (V, D) constant
     (tested, value and gradient), in half the memory: a one-hot row times E is a row of

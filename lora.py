@@ -168,7 +168,8 @@ def save(model, directory, base_name=None):
             tensors[f"base_model.model.{name}.lora_{key}.weight"] = tensor
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
-        "base_model_name_or_path": base_name and str(base_name), "target_modules": list(TARGETS),
+        "base_model_name_or_path": base_name and str(base_name),
+        "target_modules": list(TARGETS),
         "r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout,
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
     files = {"adapter_model.safetensors": to_bytes(tensors, metadata={"format": "pt"}),

@@ -126,7 +126,7 @@ def switching_at(config):
     """The length at which rotary embeddings change: parts read before would differ."""
     found = getattr(config, "rope_parameters", None) or {}
     lengths = [float("inf")]
-    for scaling in [found, *found.values()]:              # some have one a kind of layer
+    for scaling in [found, *found.values()]:           # some have one a kind of layer
         if isinstance(scaling, dict) and scaling.get("rope_type") in SWITCHING:
             original = scaling.get("original_max_position_embeddings")
             lengths.append(original or config.max_position_embeddings)

@@ -14,7 +14,6 @@ import argparse
 import os
 import pathlib
 import re
-import sys
 
 from adult import InputError
 from beyond import runs
@@ -23,7 +22,7 @@ from beyond import runs
 def pyplot():
     """matplotlib, drawing to files. InputError when it is not installed."""
     try:
-        os.environ.pop("MPLBACKEND", None)                       # a notebook sets its own
+        os.environ.pop("MPLBACKEND", None)                   # a notebook sets its own
         import matplotlib
     except ImportError:
         raise InputError("a picture needs matplotlib: "
@@ -195,7 +194,7 @@ def table1(args, plt):
         if key.startswith("b = "):
             points.append((float(key[4:]), values))
     if not points:
-        raise InputError(f"{args.run} is no run of --table 1: there is nothing to draw.")
+        raise InputError(f"{args.run} is no run of --table 1: nothing to draw.")
     figure, left = plt.subplots(figsize=(6.5, 4))
     right = left.twinx()
     for axes, name, colour, text in (
@@ -352,4 +351,5 @@ if __name__ == "__main__":
         try:
             main()
         except (KeyError, IndexError, TypeError) as problem:
-            sys.exit(f"beyond.report: the run lacks {problem}; is it of the right kind?")
+            raise InputError(f"the run lacks {problem}; is it of the right "
+                             "kind?") from None

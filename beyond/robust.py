@@ -96,7 +96,8 @@ def lesson():
         given_shots.append(given)
         print(f"{name:<13} {no_prompt:9.3f} {given:12.3f}", flush=True)
     assert given_shots[1] < given_shots[0], "RobustGame's theta has met biased shots"
-    print("\nnow try: longest=20, less than a labelled person. How much protection is left?")
+    print("\nnow try: longest=20, less than a labelled person. How much protection is "
+          "left?")
 
 
 if __name__ == "__main__":
