@@ -197,7 +197,7 @@ def play(model, people, config, key, seed, place):
         history.append(record)
         seconds = time.time() - began
         left = seconds / (game.done - first) * (options.rounds - game.done)
-        say(f"  {key:<10} {seed} {line(record, options.rounds)}  "
+        say(f"  {key:<10} {seed} {line(record, options.rounds)}, "
             f"{report.clock(seconds)}, {report.clock(left)} left")
         runs.save_state(game, history, place)
     with lora.merged(model.model):
@@ -213,10 +213,10 @@ def play(model, people, config, key, seed, place):
 
 def line(record, rounds):
     """A round in a line; ACC and gap are those of validation rows, without a prompt."""
-    text = f"round {record['round']:>2}/{rounds}  task {record['task']:.3f}"
+    text = f"round {record['round']:>2}/{rounds} task {record['task']:.3f}"
     if "distance" in record:
         text += f" distance {record['distance']:.3f}"
-    return text + f"  ACC {record['acc']:.2f} gap {record['gap']:.3f}"
+    return text + f", ACC {record['acc']:.2f} gap {record['gap']:.3f}"
 
 
 def answers_of(model, key, people, **given):

@@ -58,9 +58,10 @@ def summary(rows):
     result = {}
     for key, some in groups.items():
         result[key] = {}
-        for name, value in some[0].items():
-            if isinstance(value, float):
-                result[key][name] = mean_and_spread([row[name] for row in some])
+        for name in some[0]:
+            values = [row.get(name) for row in some]
+            if all(isinstance(value, float) for value in values):
+                result[key][name] = mean_and_spread(values)
     return result
 
 

@@ -67,18 +67,28 @@ def folder_name(text):
 
 
 def parse(parser, argv):
-    """The command's flags; --resume NAME takes those of the run of this name."""
+    """The command's flags; --resume NAME takes those of the run of this name.
+
+    Beside it --jobs only: where a run goes on, another number may be right.
+    """
     args = parser.parse_args(argv)
-    name, args.argv = args.resume, sys.argv[1:] if argv is None else list(argv)
+    name, jobs = args.resume, args.jobs
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     if name is not None:
+        for flag in args.argv:
+            allowed = flag.split("=")[0] in ("--resume", "--jobs")
+            if flag.startswith("-") and not allowed:
+                raise InputError(f"--resume takes the flags that {name} was started "
+                                 f"with; leave out {flag}, or begin another run.")
         folder = pathlib.Path("runs") / name
         if not (folder / "run.json").exists():
             raise InputError(f"there is no run in {folder}; leave out --resume.")
         argv = read_json(folder / "run.json").get("argv")
-        if not isinstance(argv, list):
+        if not isinstance(argv, list) or not all(isinstance(a, str) for a in argv):
             raise InputError(f"{folder}/run.json has no argv: not this program's.")
         args = parser.parse_args(argv)
         args.argv, args.resume, args.name = argv, name, name
+        args.jobs = jobs or args.jobs
     return args
 
 
@@ -207,7 +217,7 @@ def open_run(args, depends_on):
             compare(folder, depends_on)
         elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
             raise InputError(f"{folder} holds an interrupted run; go on with it "
-                             f"(--resume {args.name}) or give another --name.")
+                             f"(--resume {folder.name}) or give another --name.")
         try:
             write(folder / "probe" / "file", b"")    # a folder in it can be made, too
             shutil.rmtree(folder / "probe")
@@ -461,9 +471,20 @@ FIELDS = {
 
 
 def find_row(results, folder, key, seed):
-    """The row of one model and seed (None: the first), its fields checked.
+    """The row of one model and seed (None: the first), its fields checked."""
+    check(results, folder)
+    for row in results["rows"]:
+        if row["key"] == key and seed in (None, row["seed"]):
+            return row
+    keys = dict.fromkeys(row["key"] for row in results["rows"])
+    which = key if seed is None else f"{key} of seed {seed}"
+    raise InputError(f"{folder} holds no {which}; it holds {', '.join(keys)}.")
 
-    Key and seed end up in a path, and the file may be anybody's.
+
+def check(results, folder):
+    """InputError for a file of another kind; it may be anybody's.
+
+    A row's key and seed end up in a path.
     """
     for part, kinds in FIELDS.items():
         for name, kind in kinds.items():
@@ -472,18 +493,20 @@ def find_row(results, folder, key, seed):
                 raise InputError(f"{folder}/results.json has no {part} {name}; it is "
                                  "not a file of this program, or of an older one: run "
                                  "again.")
+    if [type(part) for part in results["config"]["model"]] != [str] * 3:
+        raise InputError(f"{folder}/results.json's config model is not a name, a dtype "
+                         "and a device; it is not a file of this program.")
     rows = results.get("rows")
     for row in rows if isinstance(rows, list) else [None]:
         whole = isinstance(row, dict) and isinstance(row.get("seed"), int)
-        if not whole or not isinstance(row.get("key"), str) or row["seed"] < 0:
+        if not whole or not plain(row.get("key")) or row["seed"] < 0:
             raise InputError(f"{folder}/results.json has a row without key and seed; "
                              "it is not a file of this program.")
-    for row in rows:
-        if row["key"] == key and seed in (None, row["seed"]):
-            return row
-    keys = dict.fromkeys(row["key"] for row in rows)
-    which = key if seed is None else f"{key} of seed {seed}"
-    raise InputError(f"{folder} holds no {which}; it holds {', '.join(keys)}.")
+
+
+def plain(key):
+    """Whether it may be a part of a path: not "../x"."""
+    return isinstance(key, str) and key not in ("", "..") and not set(key) & set("/\\")
 
 
 def load_data(results, data=None):
@@ -506,16 +529,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     import train
     results = read_json(pathlib.Path(args.run) / "results.json")
-    find_row(results, args.run, "not-trained", None)
+    check(results, args.run)
+    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
+        raise InputError(f"{args.run} holds no models; give a run of Table 3.")
     data, config, different = load_data(results, args.data), results["config"], 0
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
           + "   largest change")
     for saved in results["rows"]:
         key, seed = saved["key"], saved["seed"]
+        for name in SHOWN:
+            if not isinstance(saved.get(name), float):
+                raise InputError(f"{args.run}/results.json has no number {name} of "
+                                 f"{key}; it is not a file of this program.")
         model, row, _ = load_run(args.run, key, seed, args.model, args.device)
         people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
         again = train.evaluate(train.answers_of(model, key, people.test), people.test)
-        changes = [abs(again[name] - (row[name] or 0.)) for name in SHOWN]
+        changes = [abs(again[name] - row[name]) for name in SHOWN]
         different += max(changes) != 0
         print(f"{key:<16} {seed:<6} "
               + "  ".join(f"{again[name]:9.4f}" for name in SHOWN)
