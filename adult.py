@@ -11,7 +11,8 @@ or " 1", is its answer to "does this person earn over $50k?".
 
 PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
 writes ">50K.": every positive of that file becomes a negative, hence the paper's x5.23.
-Its test rows are those of its adversary; here they come from two files: `split`.
+It tests on rows that its adversary was trained on; here training rows come from
+adult.data and test rows from adult.test (`split`).
 
     python adult.py         # a row, its twins, a prompt, and where x5.23 comes from
 """
@@ -31,7 +32,7 @@ from typing import NamedTuple
 
 # What a cell may be; the part in brackets is kept. A missing word is "?".
 NUMBER = r"([0-9]+)(?:\.0+)?"                      # OpenML's readers write 25 as 25.0
-WORD = r"(?!(?i:nan|na|n/a|<na>|none|null)$)(\?|.*[^\W\d].*)"   # no code, no NaN
+WORD = r"(?!(?i:nan|na|n/a|<na>|none|null)$)(\?|.*[^\W\d].*)"   # no number, no null
 FORMAT = {
     "age": NUMBER, "workclass": WORD, "fnlwgt": NUMBER, "education": WORD,
     "number of years of education": NUMBER, "marital status": WORD, "occupation": WORD,
@@ -110,7 +111,7 @@ def person_from(row):
     return Person(tuple(values), int(label == ">50K"))
 
 
-@functools.cache                                   # nearly all cells come up again
+@functools.cache                                   # most cells repeat
 def clean(column, cell):
     """The cell as UCI writes it. Raises InputError."""
     found = re.fullmatch(FORMAT[column], cell)

@@ -6,7 +6,8 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    the model's answer: its log-odds                    LanguageModel
+    f_theta    logits of the next token, the model's answer; in
+               the distance the log-odds of " 1" and " 0"          LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -16,7 +17,8 @@
 
 PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. Eq. (4) is called "one
 part" of Eq. (3); that part maximises, Eq. (4) minimises: `sign` in Adversary.step.
-"ADMM" is plain alternation; there is no dual variable.
+"ADMM" is plain alternation; there is no dual variable. The paper alternates theta, then
+phi; here phi moves first, so that theta meets a trained prompt from round 1 on.
 PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
 released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
 p(0): on the same people their distance is at least four times the gap of the tables.
@@ -25,7 +27,6 @@ The released step of theta has no distance and no lam in it.
     python faircon.py      # the game on forty people, step by step
 """
 import copy
-import inspect
 import math
 import textwrap
 from dataclasses import dataclass, field, fields
@@ -51,16 +52,16 @@ AT_ONCE = 8192        # tokens of copied prefixes in a batch of `predict`: bound
 # ------------------------------------------------------------------ f_theta
 
 class LanguageModel:
-    """f_theta: a causal language model, its tokenizer, the two answer tokens."""
+    """f_theta: a causal language model, its tokenizer, the two answer tokens.
+
+    Plumbing; first read `task`, `distance`, Adversary and Game.
+    """
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.dtype = answer_in_float32(model)
         self.embed = embeddings(model)                                       # (V, D)
         self.window = getattr(model.config, "max_position_embeddings", math.inf)
-        # transformers before 5.24 calls the cache by another name.
-        known = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.bos = self.beginning()
         self.answers = torch.tensor(self.answer_tokens(), device=self.device)
         self.usable = self.usable_tokens()
@@ -82,8 +83,8 @@ class LanguageModel:
     def question(self, text):
         """The tokens in front of the answer.
 
-        Encoded with an answer, which is then dropped: a tokenizer may split what stands
-        in front of one otherwise.
+        Encoded with an answer, which is then dropped: a tokenizer may split a question
+        differently when an answer follows.
         """
         return self.ids(text + " 0")[:-1]
 
@@ -110,8 +111,9 @@ class LanguageModel:
             raise InputError('the tokenizer has no single tokens for " 0" and " 1" '
                              "after label:; use another model, such as GPT-Neo.")
         if apart != self.ids("x\n" + adult.INSTRUCTION + text + " 0"):
-            raise InputError("the tokenizer splits a prompt and its question otherwise "
-                             "than the two apart; use another model, such as GPT-Neo.")
+            raise InputError("the tokenizer splits a prompt and its question together "
+                             "differently from the two apart; use another model, such "
+                             "as GPT-Neo.")
         return [no[-1], yes[-1]]
 
     def usable_tokens(self):
@@ -181,17 +183,17 @@ class LanguageModel:
             for text in texts:
                 tails.append(torch.tensor(text[head:], device=self.device))
         last = torch.tensor([len(tail) - 1 for tail in tails], device=self.device)
+        # Logits only at the texts' last tokens; padding comes after these.
         ends, place = last.unique(return_inverse=True)
-        tails = pad_sequence(tails, batch_first=True)     # padded behind the answer,
-        logits = self.run(self.embed[tails], cache, ends)      # where nobody looks
+        tails = pad_sequence(tails, batch_first=True)                   # (B K, T)
+        logits = self.run(self.embed[tails], cache, ends)               # (B K, ends, V)
         logits = logits[torch.arange(B * K, device=self.device), place]     # (B K, V)
         return logits.float().view(B, K, -1).transpose(0, 1)
 
     def run(self, x, cache, keep=1):
         """Embeddings x (N, T, D) after a cache, which they join -> logits at `keep`."""
         x = x.to(self.dtype)
-        memory = {self.cache_name: cache, "use_cache": True}
-        return self.model(inputs_embeds=x, logits_to_keep=keep, **memory).logits
+        return self.model(inputs_embeds=x, cache=cache, logits_to_keep=keep).logits
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
@@ -207,7 +209,7 @@ class LanguageModel:
     def predict(self, questions, g=NO_PROMPT, context=adult.INSTRUCTION, batch=64):
         """-> P(y=1 | y is 0 or 1) of each person as a man and as a woman, (N, 2).
 
-        InputError when the model gives numbers that are none.
+        InputError when the model gives NaN or infinity.
         """
         prefix, parts = self.prefix(g, context), []
         cache = self.read(prefix, questions)
@@ -242,7 +244,7 @@ def answer_in_float32(model):
 def embeddings(model):
     """What the embedding module gives for every token (V, D).
 
-    Gemma's multiplies by sqrt(D), so the weight is not always it.
+    Gemma's multiplies by sqrt(D), so its weight only would be wrong.
     """
     module = model.get_input_embeddings()
     if type(module) is torch.nn.Embedding:
@@ -331,7 +333,7 @@ class Adversary:
         self.start(self.initial_phi(options.prompt_length))
 
     def initial_phi(self, length):
-        """phi (L, V) that prefers no token on purpose: standard normal, as released."""
+        """A random phi (L, V), no token preferred: standard normal, as released."""
         return torch.randn(length, len(self.model.embed), generator=self.generator)
 
     def start(self, phi):
@@ -350,7 +352,7 @@ class Adversary:
         return self.sample()[0].tolist()
 
     def likeliest_ids(self):
-        """The most probable token of each place: what phi stands for, without luck."""
+        """The most probable token of each place, without sampling noise."""
         return (self.phi + self.model.mask).argmax(-1).tolist()
 
     def step(self, questions, sign=1):
@@ -358,7 +360,7 @@ class Adversary:
 
         sign +1: up the distance, Eq. (3). -1: down, Eq. (4). -> the distance before it
         """
-        self.phi.grad = None                    # before another of its size is made
+        self.phi.grad = None                    # free the old gradient: phi is large
         ids, g = self.sample()
         logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
         d = distance(logits, self.model.answers)
@@ -380,7 +382,7 @@ class Game:
         lora.inject(model.model, options.rank, options.alpha, options.dropout, seed)
         self.model, self.people, self.options, self.bar = model, people, options, bar
         self.questions = model.questions(people)
-        # Streams of their own: seed alone serves LoRA's A, and (seed,) adult.split.
+        # Not default_rng(seed), which adult.split uses already.
         self.rng = numpy.random.default_rng((seed, 1))
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2 ** 62)))
         self.adversary = None
@@ -409,14 +411,11 @@ class Game:
         """
         self.start_phi()
         distances = []
-        with lora.merged(self.model.model):               # the base model's own speed
+        with lora.merged(self.model.model):
             for batch in self.watch(self.batches(self.options.phi_steps), "phi"):
                 questions = [self.questions[i] for i in batch]
                 distances.append(self.adversary.step(questions))
         return [distances[0], distances[-1]] if distances else []
-
-    def start_phi(self):
-        """Where phi begins in a round: where it is."""
 
     def theta_half(self):
         """theta's turn: one pass over the people, phi is frozen -> the terms' means."""
@@ -439,25 +438,17 @@ class Game:
             terms = self.terms(g, batch)
             loss = terms["task"]
             if "distance" in terms:
-                loss = loss + self.options.lam * terms["distance"]           # Eq. (3)
+                loss = loss + self.options.lam * terms["distance"]  # Eq. (3): the loss
             (loss / len(prompts)).backward()
             found.append({name: term.item() for name, term in terms.items()})
         lora.set_dropout(self.model.model, False)
         means = mean_of(found)
-        if not numpy.isfinite(list(means.values())).all():
-            raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
-                             f"lr ({self.options.lr}) or lam ({self.options.lam}).")
+        self.check_finite(means)
         torch.nn.utils.clip_grad_norm_(self.theta, 1.)
         self.optimiser.step()
-        left = self.options.rounds - self.done             # this round is one of them
-        share = self.options.swa * self.options.rounds
-        if left <= share or left == 1 and share > 0:
-            self.swa.update()               # section 4.2, at every step of these rounds
+        if self.averaging():
+            self.swa.update()                                            # section 4.2
         return means
-
-    def prompts(self):
-        """What stands in front in one step of theta: a sample of the adversary."""
-        return [self.adversary.sample_ids()] if self.adversary else []
 
     def terms(self, g, batch):
         """The two terms of Eq. (3) given a prompt; with lam = 0 the task only.
@@ -474,6 +465,29 @@ class Game:
         own = logits[s, torch.arange(len(people))]                           # (B, V)
         return {"task": task(own, people, answers),
                 "distance": distance(logits, answers)}
+
+    # ---- what RobustGame changes
+
+    def start_phi(self):
+        """Before phi's turn. Nothing: phi goes on where the last round left it."""
+
+    def prompts(self):
+        """What stands in front in one step of theta: a sample of the adversary."""
+        return [self.adversary.sample_ids()] if self.adversary else []
+
+    # ---- small parts
+
+    def averaging(self):
+        """Whether SWA averages in this round: one of the last `swa`, or the last."""
+        left = self.options.rounds - self.done             # this round is one of them
+        share = self.options.swa * self.options.rounds
+        return share > 0 and left <= max(1, share)
+
+    def check_finite(self, terms):
+        """InputError if the loss is no number."""
+        if not numpy.isfinite(list(terms.values())).all():
+            raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
+                             f"lr ({self.options.lr}) or lam ({self.options.lam}).")
 
     def batches(self, n=None):
         """One pass over the people in random order, or n batches, pass after pass."""
@@ -500,7 +514,9 @@ def mean_of(records):
 
 def show_people(model, people):
     """One question as text, and what the model answers to a few people and twins."""
-    print(f"x_m:\n{textwrap.fill(adult.twins(people[0])[0], 84)}")
+    print("x_m:")
+    for line in adult.twins(people[0])[0].splitlines():
+        print(textwrap.fill(line, 84))
     print('x_f: the same with "sex Female". The next token answers: " 0" or " 1".\n')
     print("    person                     y     p as a man     p as a woman")
     for person, (p_m, p_f) in zip(people[:4], model.predict(model.questions(people))):
@@ -535,8 +551,9 @@ def mean_distance(adversary, questions, samples=6):
 
 
 def play(model, people, test, lam):
-    """The paper's game on a few people -> the gap on test people at the end."""
-    print(f"\nthe game at lam = {lam:g}: 40 people, gap on 40 others"
+    """The paper's game, rates raised for four rounds -> the gap on test people."""
+    print(f"\nthe game at lam = {lam:g}: 40 people, gap on 40 others (phi's first and "
+          "last step\nare on different people, so that its distance may fall)"
           "\n    round   phi: distance    theta: task     gap")
     options = Options(lam=lam, rounds=4, batch_size=8, lr=2e-3, phi_steps=5, phi_lr=2.)
     for record in Game(model, people, options, seed=0).play():

@@ -11,7 +11,7 @@ noise; the released code, and this one, sample. The paper's derivative, sigma (1
 sigma), is the diagonal of softmax's; here it is whole.
 
     python gumbel.py                     # Figures 3 and 4 in numbers
-    python -m beyond.report figure4      # Figure 4 as a picture
+    python -m beyond.report figure4      # Figure 4 as a picture (needs matplotlib)
 """
 import torch
 
@@ -21,7 +21,7 @@ from swa import SWA
 def gumbel_softmax(logits, tau=1., generator=None, noise=None):
     """Logits (..., V) -> a one-hot sample (..., V), differentiable in the logits.
 
-    tau > 0, the temperature of the backward pass alone: the sample itself does not
+    tau > 0, the temperature of the backward pass only: the sample itself does not
     depend on it. ValueError otherwise. noise: Gumbel noise (..., V) to use.
     """
     if not tau > 0:
@@ -41,9 +41,9 @@ def gumbel_noise(shape, generator=None, device=None):
     return noise.log_().neg_()                            # in place: (L, V) is large
 
 
-# ------------------------------------------------------------------ the same, lean
+# --------------------------------------- the same in half the memory: the game runs it
 
-ROWS = 64               # of (L, V), whose slopes are in memory at a time
+ROWS = 64               # of (L, V), whose slopes are in memory at a time: bounds it
 
 
 def sample_embeddings(logits, E, tau, noise):
@@ -97,7 +97,7 @@ def to_target(phi):
 
 
 def figure_4(tau, seed, steps=400, start=200, lr=.1):
-    """Train logits until 64 of their samples look like TARGET.
+    """Figure 4: train logits until 64 of their samples look like TARGET.
 
     -> the distance to it after each step: of phi, and of phi's average from `start`.
     """
@@ -119,7 +119,7 @@ def figure_4(tau, seed, steps=400, start=200, lr=.1):
 
 
 def figure_3():
-    """One draw: forward, and backward through a value of each token."""
+    """Figure 3: one draw, forward, and backward through a value of each token."""
     logits = torch.tensor([.6, .3, .1]).log().requires_grad_()
     value = torch.tensor([1., 2., 3.])
     sample = gumbel_softmax(logits, 1., torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def lesson():
         averaged = sum(sum(run[1][-100:]) for run in runs) / (100 * seeds)
         print(f"{tau:<7} {last:.4f}   {averaged:.4f}", flush=True)
         assert averaged < last, "the average is calmer than what it averages"
-    print("tau changes the backward pass alone, and hardly matters here.")
+    print("tau changes only the backward pass, and hardly matters here.")
     print("\nnow try: lr=1. in figure_4. Does tau still hardly matter?")
 
 

@@ -6,7 +6,7 @@
     A (r, in)     trained, random at the start
     B (out, r)    trained, zero at the start: LoRA begins as the base model
 
-All A and B together are the theta of Eq. (3). Saved files and their tensors are PEFT's.
+All A and B together are the theta of Eq. (3). Adapters are saved in PEFT's format.
 PAPER vs RELEASED CODE: the paper's "0.5 %" of GPT-Neo-1.3B is r = 32 (0.476 %);
 the released r = 4 is 0.060 %.
 
@@ -52,7 +52,8 @@ class LoRALinear(nn.Module):
 def inject(model, r=32, alpha=16, dropout=0., seed=0):
     """Freeze `model`, wrap every q_proj and v_proj -> the LoRALinear, layer by layer.
 
-    A second call begins anew. InputError unless there is one of each in every layer.
+    A second call replaces the adapters. InputError unless there is one of each in every
+    layer.
     """
     if r < 1:
         raise InputError(f"rank {r} is impossible: LoRA needs a rank of at least 1.")
@@ -181,7 +182,7 @@ def save(model, directory, base_name=None):
 
 
 # Fields of adapter_config.json that do not change what is computed here. Any other must
-# be off (null, false, empty) or as ours: what is not known is refused.
+# be off (null, false, empty) or as ours: unknown fields are refused.
 SILENT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
           "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
           "revision", "runtime_config", "target_modules", "task_type")

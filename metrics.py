@@ -109,10 +109,10 @@ def lesson():
     innocent = figure_1(1, 0)
     print("\nIn case 1 the model that never looks at s has a gap of 0, but a DPD of "
           f"{innocent['dpd']:.2f}\nand a DEO of {innocent['deo']:.2f}, because men and "
-          "women differ in X. In both worlds only\nthe gap tells a model that uses s "
-          "from one that does not.")
-    print("\nnow try: halve X for women, x * (1 - model_uses_s * asked_as / 2). Which "
-          "metric sees it?")
+          "women differ in X. In case 2 all three\nsee that s is used; in case 1 only "
+          "the gap is 0 for the model that does not use it.")
+    print("\nnow try: halve X for women: score x * (1 - model_uses_s * asked_as / 2). "
+          "Who sees it?")
 
 
 if __name__ == "__main__":

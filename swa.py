@@ -4,7 +4,7 @@
 
 PAPER vs RELEASED CODE: the paper averages "the model weights"; the released code
 averages the adversary's logits and never uses the average. Here: LoRA's A and B.
-mean(A) mean(B) is not mean(B A): it is the factors that are averaged.
+mean(B) mean(A) is not mean(B A): the factors are averaged, not their product.
 
     python swa.py       # the last weights of a noisy descent, and their average
 """
@@ -60,9 +60,10 @@ def lesson():
         last, averaged = noisy_descent(lr)
         print(f"{lr:<13} {last:9.2f} {averaged:9.2f}")
         assert averaged < last, "averaging takes the noise out"
-    print("\nThe last weights pay for a large learning rate, their average hardly "
-          'does:\n"reduces influence on learning rate" (section 4.2).')
-    print("\nnow try: start=0. Two averages gain, one loses. Which, and from what?")
+    print("\nThe last weights get worse as the rate grows, and their average hardly "
+          'changes:\n"reduces influence on learning rate" (section 4.2).')
+    print("\nnow try: start=0. For which rates does the average improve? Why not for "
+          "all?")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@
     cda-shots           the task, both twins           biased shots
     robust              Eq. (3)                        the adversary's, biased shots
 
-A row differs from another in what this table says of it and in nothing else.
+All share people, seeds, rounds and rates. RobustGame's own settings (lengths, phi's
+rate, a fresh phi, two prompts a step) are in beyond/robust.py; both twins make a batch
+twice as large, so that every row takes as many steps.
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
@@ -142,8 +144,11 @@ def models_of(args):
 def given_options(args):
     """What the user said of the game, over --quick's and our rates -> {name: value}."""
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(RobustOptions)}
-    said = {name: value for name, value in said.items() if value is not None}
-    return {**({} if args.paper else RATES), **(QUICK if args.quick else {}), **said}
+    given = {} if args.paper else dict(RATES)
+    if args.quick:
+        given.update(QUICK)
+    given.update({name: value for name, value in said.items() if value is not None})
+    return given
 
 
 def options_of(config, key):
@@ -185,11 +190,13 @@ def play(model, people, config, key, seed, place):
 
     It leaves SWA's average in the model, which train_model then measures.
     """
-    how, options, rows = MODELS[key], options_of(config, key), people.train
+    how, options = MODELS[key], options_of(config, key)
+    rows = people.train
     if how.both_twins:
         rows = rows + [adult.flipped(p) for p in rows]
     game = how.game(model, rows, options, seed, how.adversary, bar=not model.small)
-    history, began, first = runs.load_state(game, place), time.time(), game.done
+    history = runs.load_state(game, place)
+    began, first = time.time(), game.done
     for record in game.play():
         with lora.merged(model.model):
             now = faircon.measure(model, people.validation)
@@ -234,7 +241,11 @@ def evaluate(p, people):
 
 
 def measure_all(model, people, data, config, key, seed, place):
-    """Everything the table says of a model, on test rows -> dict."""
+    """Everything the table says of a model, on test rows -> dict.
+
+    shots: the gap given biased shots. follows: mean p given people who are all 1, minus
+    given people who are all 0, as everybody's own sex.
+    """
     p = answers_of(model, key, people.test)                              # (N, 2)
     runs.write_people(place / "people.csv", people.test, p)
     row = evaluate(p, people.test)
@@ -272,9 +283,10 @@ def few_shot_rows(config, key, seed, folder):
 
 
 def few_shot_settings(table):
-    """-> [(title, b_Pc of the shots, counterbalanced, b_Pc of the test rows)]
+    """Table 1's, or Table 2's, rows.
 
-    None: as the data is.
+    -> [(title, b_Pc of the shots, counterbalanced, b_Pc of the test rows)]
+    b_Pc None: as the data is.
     """
     if table == 1:
         listed = [(f"b = {b:g}", b, False, 0.) for b in (-1., -.5, 0., .5, 1.)]
@@ -312,7 +324,7 @@ def fair_prompt(model, people, options, seed, samples=15):
 
     Chosen on validation rows among samples of the adversary.
     """
-    game = Game(model, people.train, options, seed)            # B = 0 and never trained
+    game = Game(model, people.train, options, seed)     # B stays 0: the base model
     steps = options.rounds * options.phi_steps
     for batch in game.watch(game.batches(steps), "phi"):
         game.adversary.step([game.questions[i] for i in batch], sign=-1)
@@ -333,7 +345,8 @@ def prepare(args):
     config = {name: getattr(args, name) for name in (
         "table", "prompt_only", "data", "bpc", "rows", "shots", "seeds", "seed")}
     config["game"], config["models"] = given_options(args), models_of(args)
-    options = [options_of(config, key) for key in MODELS][-1]
+    for key in MODELS:
+        options = options_of(config, key)                     # the last one is robust's
     most = 200 if args.quick else 1000
     data = load_data_once(args.data)
     config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)

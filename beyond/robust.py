@@ -2,6 +2,7 @@
 
     the paper, faircon.Game                  here, RobustGame
     phi goes on over the rounds              phi begins anew in each round
+    phi's rate is .1                         3: phi has one round only to climb
     10 tokens                                any number of tokens, up to `longest`
     theta meets a sample of the adversary    that, and labelled people at b_Pc = 1 or -1
 
@@ -22,7 +23,7 @@ from faircon import option
 
 @dataclass
 class RobustOptions(faircon.Options):
-    """The paper's, but for phi's rate: phi has one round only to climb."""
+    """The paper's, but for phi's rate."""
     phi_lr: float = option(3., 1e-30, 1e9, "Adam's rate for phi")
     longest: int = option(560, 1, 10 ** 6, "tokens of RobustGame's prompts, at most")
 
