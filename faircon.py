@@ -305,7 +305,7 @@ class Options:
     rounds: int = option(10, 1, 10 ** 6, "rounds of the game, each a pass of theta")
     batch_size: int = option(9, 1, 10 ** 6, "people in a step of theta and of phi")
     lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
-    rank: int = option(32, 1, 10 ** 6, "r of LoRA (released 4)")
+    rank: int = option(32, 1, 4096, "r of LoRA (released 4)")
     alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
     dropout: float = option(.01, 0, .99, "on LoRA's input, one mask a reading")
     prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")

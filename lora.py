@@ -201,6 +201,9 @@ def load(model, directory):
         for field, value in config.items():
             if value and field not in SILENT and value not in OURS.get(field, ()):
                 raise ValueError(f"its {field} is {value!r}")
+        for name, tensor in tensors.items():
+            if config["r"] not in tensor.shape:
+                raise ValueError(f"{name} has another r than {config['r']}")
         inject(model, int(config["r"]), float(config["lora_alpha"]),
                float(config["lora_dropout"]))
         for name, layer in adapters(model).items():

@@ -347,9 +347,15 @@ def prepare(args):
     config["game"], config["models"] = given_options(args), models_of(args)
     for key in MODELS:
         options = options_of(config, key)                     # the last one is robust's
+    exact = {1: 8, 2: 16}.get(args.table, 2)      # so that every b_Pc of a table is so
+    if args.shots % exact:
+        raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
+                         f"give a multiple of {exact}, an even number.")
     most = 200 if args.quick else 1000
     data = load_data_once(args.data)
     config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)
+    if config["test_rows"] < 4:
+        raise InputError("--test-rows below 4 leave a group empty; give 4 or more.")
     people = adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)
     warnings.filterwarnings("ignore", "b_Pc")                             # said once
     rng = numpy.random.default_rng(0)
@@ -436,6 +442,8 @@ def main(argv=None):
         if len(kinds) > 1 or args.table != 3 and kinds:
             raise InputError("--quick, --paper, --prompt-only and --table exclude each "
                              "other; give one.")
+        if args.models and (args.table != 3 or args.prompt_only):
+            raise InputError("--models are Table 3's; leave it out here.")
         other = f"table{args.table}" if args.table != 3 else "default"
         args.name = args.name or (kinds[0] if kinds else other)
         run(args)

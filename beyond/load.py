@@ -67,7 +67,8 @@ def load_model(name, dtype="auto", device="auto"):
     if small:
         torch.set_num_threads(1)       # so that results do not depend on the cores
     model = LanguageModel(network.to(device).eval(), tokenizer)
-    model.window = min(model.window, switching_at(config))
+    # The network's config: building it completes what an older config.json lacks.
+    model.window = min(model.window, switching_at(network.config))
     try_out(model, name)
     threads = torch.get_num_threads()
     model.small, model.computed_in = small, dtype

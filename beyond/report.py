@@ -294,6 +294,8 @@ def table(args, plt=None):
         seen = groups.setdefault(row["key"], {})
         for name, value in [*numbers(row), *attacked(args.run, row)]:
             seen.setdefault(name, []).append(value)
+    if not groups:
+        raise InputError(f"{args.run} holds no rows.")
     for key, seen in groups.items():
         print(f"\n{key}")
         for name, values in seen.items():
@@ -351,6 +353,6 @@ if __name__ == "__main__":
     with runs.one_sentence("beyond.report"):
         try:
             main()
-        except (KeyError, IndexError, TypeError) as problem:
+        except (LookupError, TypeError, AttributeError) as problem:
             raise InputError(f"the run lacks {problem}; is it of the right "
                              "kind?") from None

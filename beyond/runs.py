@@ -168,7 +168,7 @@ def read_json(path, kind=dict):
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the folder "
                          "of a finished run, such as runs/default.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON; it is not a file of this program, or it "
                          "was damaged: run again under another --name.") from None
     if not isinstance(value, kind):
@@ -205,8 +205,10 @@ def open_run(args, depends_on):
     args: name, resume, argv. depends_on: JSON that a resumed run must share, compared
     entry by entry. A finished run of the same name is left alone: another is chosen.
     """
-    folder = pathlib.Path("runs") / (args.name if args.resume else free(args.name))
+    folder = pathlib.Path("runs") / args.name
     try:
+        if not args.resume:
+            folder = folder.with_name(free(args.name))
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a")
     except OSError as error:
@@ -377,7 +379,12 @@ def do(work, job, folder):
     config, key, seed = job
     place = pathlib.Path(folder) / f"{key}-{seed}"
     if (place / "rows.json").exists():
-        return read_json(place / "rows.json", list)
+        rows = read_json(place / "rows.json", list)
+        for row in rows or [None]:
+            if not isinstance(row, dict) or row.get("seed") != seed or "key" not in row:
+                raise InputError(f"{place}/rows.json is damaged; delete it, and "
+                                 "--resume makes it again.")
+        return rows
     rows = without_nan(work(config, key, seed, folder))
     write_json(place / "rows.json", rows)
     (place / "state.pt").unlink(missing_ok=True)
@@ -493,11 +500,14 @@ def check(results, folder):
                 raise InputError(f"{folder}/results.json has no {part} {name}; it is "
                                  "not a file of this program, or of an older one: run "
                                  "again.")
+    data = results["config"].get("data")
+    if not isinstance(data, (str, type(None))) or "\0" in (data or ""):
+        raise InputError(f"{folder}/results.json's config data is no folder.")
     if [type(part) for part in results["config"]["model"]] != [str] * 3:
         raise InputError(f"{folder}/results.json's config model is not a name, a dtype "
                          "and a device; it is not a file of this program.")
     rows = results.get("rows")
-    for row in rows if isinstance(rows, list) else [None]:
+    for row in rows if isinstance(rows, list) and rows else [None]:
         whole = isinstance(row, dict) and isinstance(row.get("seed"), int)
         if not whole or not plain(row.get("key")) or row["seed"] < 0:
             raise InputError(f"{folder}/results.json has a row without key and seed; "
