@@ -1,31 +1,56 @@
-"""NOT IN THE PAPER: what each part of the recipe is worth.
+"""NOT IN THE PAPER: what each part of robust FairCon is worth.
 
-Every variant is the game of faircon.py with what stands below changed. All are trained
-on the same rows, and attacked by beyond/attacks.py's `short`.
+Every variant is a row of train.py's Table 3, at the rates that all rows have, but for
+what stands in VARIANTS. All are trained on the same rows of a seed, and attacked by
+beyond.attacks.short.
 
     python -m beyond.ablation                   # every variant, one seed
     python -m beyond.ablation --lam-curve       # the trade-off over lam
-    python -m beyond.ablation --only faircon no-phi-steps --seeds 5
+    python -m beyond.ablation --only robust no-steps --seeds 5
 """
-import argparse
-import pathlib
-import sys
-from dataclasses import replace
+import dataclasses
+from typing import NamedTuple
+
+import numpy
+import torch
 
 import adult
 import faircon
 import lora
 import train
-from adult import InputError
 from beyond import attacks, report, runs
-from beyond.fast import load_model
-from beyond.options import COUNT, enough, folder_name
-
-DEFAULT = faircon.Options()
+from beyond.robust import RobustGame
 
 
-class Written(faircon.Game):
-    """Texts that the model writes itself in the place of labelled rows.
+# ------------------------------------------------------------------ the variants
+
+class AdversaryOnly(RobustGame):
+    """No biased shots."""
+
+    def prompts(self):
+        return faircon.Game.prompts(self)
+
+
+class OneSample(AdversaryOnly):
+    """One sample of the adversary for all of theta's steps of a round."""
+
+    def start_phi(self):
+        super().start_phi()
+        self.sample = self.adversary.sample_ids()
+
+    def prompts(self):
+        return [self.sample]
+
+
+class GoesOn(RobustGame):
+    """phi goes on over the rounds, at its ten tokens, as in the paper."""
+
+    def start_phi(self):
+        faircon.Game.start_phi(self)
+
+
+class Written(RobustGame):
+    """Texts that the model writes itself in each round, in the place of biased shots.
 
     The paper's own thought, section 4: "replace the categorical distribution to another
     LLM".
@@ -33,159 +58,170 @@ class Written(faircon.Game):
 
     def start_phi(self):
         super().start_phi()
-        length = self.options.prompt_length
-        self.texts = self.model.write(4, length, self.generator)     # in every round
+        longest = self.options.longest
+        self.texts = attacks.write(self.model, 4, longest, self.generator)
 
-    def unfair_rows(self):
+    def biased_shots(self):
         text = self.texts[self.rng.integers(len(self.texts))]
         return text[-self.some_length():]
 
 
-class BothTwins(faircon.Game):
-    """CDA: each row once as a man and once as a woman."""
+class Variant(NamedTuple):
+    title: str
+    game: type = RobustGame      # None: not trained
+    options: dict = {}           # where they are not the row's
+    row: str = "robust"          # of Table 3
+    sex: bool = True             # whether the text says it
 
-    def __init__(self, model, people, options, seed):
-        both = people + [adult.flipped(person) for person in people]
-        options = replace(options, batch_size=2 * options.batch_size)
-        super().__init__(model, both, options, seed)
 
-
-GAMES = {game.__name__: game for game in (faircon.Game, Written, BothTwins)}
-# name: (what is changed, the game, the options)
 VARIANTS = {
-    "faircon": ("", faircon.Game, {}),
-    "no-phi-steps": ("phi takes no step", faircon.Game, {"phi_steps": 0}),
-    "no-adversary": ("no adversary: rows alone", faircon.Game, {"adversaries": 0}),
-    "no-rows": ("no rows: the adversary alone", faircon.Game, {"labelled": False}),
-    "noise-alone": ("no rows, phi takes no step", faircon.Game,
-                    {"labelled": False, "phi_steps": 0}),
-    "cda-rows": ("CDA behind rows, lam = 0", BothTwins, {"lam": 0., "adversaries": 0}),
-    "written": ("texts of the model for rows", Written, {}),
-    "goes-on": ("phi goes on over rounds", faircon.Game, {"renew": False}),
-    "probabilities": ("f_theta: probabilities", faircon.Game, {"log_odds": False}),
-    "no-sex": ("sex left out of the text", faircon.Game,
-               {"adversaries": 0, "labelled": False, "lam": 0.})}
-LAMS = (0., .1, 1., 10.)
-
-
-def variants_of(args):
-    if args.lam_curve:
-        curve = {}
-        for lam in LAMS:
-            curve[f"lam-{lam:g}"] = (f"lam = {lam:g}", faircon.Game, {"lam": lam})
-        return curve
-    unknown = set(args.only or ()) - set(VARIANTS)
-    if unknown:
-        raise InputError(f"{', '.join(unknown)} is no variant; there are "
-                         f"{', '.join(VARIANTS)}.")
-    return {name: VARIANTS[name] for name in args.only or VARIANTS}
+    "robust": Variant("robust FairCon"),
+    "no-steps": Variant("phi takes no step", options={"phi_steps": 0}),
+    "adversary": Variant("the adversary only, no shots", AdversaryOnly),
+    "noise": Variant("the adversary only, no step", AdversaryOnly, {"phi_steps": 0}),
+    "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
+    "goes-on": Variant("phi goes on over the rounds", GoesOn),
+    "written": Variant("the model's own texts for shots", Written),
+    "no-sex": Variant("fine-tuned, sex left out", faircon.Game, row="fine-tuned",
+                      sex=False),
+    "not-trained-no-sex": Variant("not trained, sex left out", None, sex=False)}
+LAM_CURVE = {}
+for lam in (0., .1, 1., 10.):
+    LAM_CURVE[f"lam-{lam:g}"] = Variant(f"lam = {lam:g}", options={"lam": lam})
+# Compared, as each is with robust. One sample a round lacks the diversity of noise;
+# phi's steps give a direction, and samples that mostly agree.
+PAIRS = [("noise", "adversary"), ("one-sample", "noise"), ("adversary", "one-sample"),
+         ("lam-0.1", "lam-0"), ("lam-1", "lam-0.1"), ("lam-10", "lam-1")]
+WITHOUT_SEX = tuple(x for x in adult.ATTRIBUTES if x != adult.COLUMNS[adult.SEX])
 
 
 def run_variant(config, name, seed, folder):
-    """Train and measure one variant -> its row; a job of `main`."""
-    place = pathlib.Path(folder) / f"{name}-{seed}"
-    if (place / "rows.json").exists():
-        return runs.read_json(place / "rows.json", list)
-    model, _ = load_model(adult.TINY, "float32", "cpu")
+    """Train one variant, measure and attack it -> [its row]; a job of `main`."""
+    variant = {**VARIANTS, **LAM_CURVE}[name]
+    torch.manual_seed(seed)
+    model = train.load_once("tiny", "float32", "cpu")
     data = train.load_data_once(config["data"])
-    people = adult.split(data, 200, .5, config["test_rows"], seed)
-    changed, game_name, options = config["variants"][name]
-    attributes = adult.ATTRIBUTES
-    if name == "no-sex":
-        attributes = tuple(a for a in adult.ATTRIBUTES if a != "sex")
-    lora.inject(model.model, seed=seed)
-    game = GAMES[game_name](model, people.train, replace(DEFAULT, **options), seed)
-    game.questions = model.questions(game.people, attributes)
-    while game.done < game.options.rounds:
-        game.round()
-    game.swa.apply()
-    lora.merge(model.model)
-    row = {"key": name, "seed": seed, "changed": changed,
-           **faircon.measure(model, people.test, attributes=attributes)}
-    if name != "no-sex":                     # there twins are one text: nothing to find
-        row.update(attacks.short(model, data, people, seed))
-    runs.say(f"  {name} {seed}: gap {row['gap']:.3f}")
-    runs.write_json(place / "rows.json", [row])
+    people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
+    attributes = adult.ATTRIBUTES if variant.sex else WITHOUT_SEX
+    lora.remove(model.model)
+    if variant.game:
+        play(variant, model, people.train, config, seed, attributes)
+    row = {"key": name, "seed": seed}
+    with lora.merged(model.model):
+        row.update(faircon.measure(model, people.test, attributes=attributes))
+        if variant.sex:                # without it twins are one text: nothing to find
+            row.update(attacks.short(model, data, people, seed))
+    runs.say(f"  {name} {seed}: ACC {row['acc']:.2f} gap {row['gap']:.3f}")
     return [row]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", metavar="DIR", help="as for train.py")
-    parser.add_argument("--seeds", type=COUNT, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT")
-    parser.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
-    parser.add_argument("--test-rows", type=COUNT, help="1000, or as many as there are")
-    parser.add_argument("--jobs", type=COUNT, default=runs.cores())
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--name", type=folder_name, default="ablation")
-    args = parser.parse_args()
-    variants = {}
-    for name, (changed, game, options) in variants_of(args).items():
-        variants[name] = [changed, game.__name__, options]
-    data = adult.load(args.data)
-    print(f"data    {data.source}")
-    test_rows = args.test_rows or enough(data.test, .5, 1000)
-    config = {"data": args.data, "test_rows": test_rows, "variants": variants,
-              "seed": args.seed, "seeds": args.seeds}
-    depends_on = {"config": config, "data": data.sha256}
-    seeds = range(args.seed, args.seed + args.seeds)
-    with runs.open_run(args.name, depends_on, args.resume) as folder:
-        jobs = []
-        for seed in seeds:
-            jobs += [(config, name, seed, str(folder)) for name in variants]
-        rows = []
-        for some in runs.run_jobs(run_variant, jobs, min(args.jobs, len(jobs))):
-            rows += some
+def play(variant, model, people, config, seed, attributes):
+    """Play a variant's game; leaves SWA's average in the model."""
+    options = train.options_of(config, variant.row)
+    options = dataclasses.replace(options, **variant.options)
+    adversary = train.MODELS[variant.row].adversary
+    game = variant.game(model, people, options, seed, adversary)
+    game.questions = model.questions(people, attributes)
+    for _ in game.play():
+        pass
+    game.swa.apply()
+
+
+# ------------------------------------------------------------------ the tables
+
+COLUMNS = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "people": "shots",
+           "climb": "climb", "texts": "texts", "gumbel": "gumbel"}
+LEGEND = """
+ACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows given labelled
+people (any b_Pc), people searched one by one (both directions), texts (random, written,
+sentences), tokens of a Gumbel search: attacks.short. In brackets t, the mean difference
+over its standard error; then on how many seeds the difference is above 0."""
+
+
+def show(rows, seeds):
+    print("\n" + " " * 18 + "".join(f"{name:>10}" for name in COLUMNS))
+    for key, values in report.summary(rows).items():
+        text = f"{key:<18}"
+        for name in COLUMNS.values():
+            text += f" {report.cell(values.get(name), seeds):>9}"
+        print(text)
+    show_differences(rows, ("ACC", "gap", "people"))
+    show_differences(rows, ("climb", "texts", "gumbel"))
+    print(LEGEND)
+
+
+def show_differences(rows, columns):
+    """How much more one variant has than another, seed by seed."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["key"], {})[row["seed"]] = row
+    pairs = [(key, "robust") for key in VARIANTS if key != "robust"] + PAIRS
+    pairs = [(a, b) for a, b in pairs if a in groups and b in groups]
+    if pairs:
+        print("\n" + " " * 28 + "".join(f"{name:>19}" for name in columns))
+    for a, b in pairs:
+        text = f"{a} - {b}".ljust(28)
+        for name in columns:
+            text += f"{difference(groups[a], groups[b], COLUMNS[name]):>19}"
+        print(text)
+
+
+def difference(ours, theirs, name):
+    """Two variants' rows by seed -> "+0.012 (2.1) 4/5", "-" where nobody measured."""
+    more = []
+    for seed in ours:
+        if name not in ours[seed]:
+            return "-"
+        more.append(ours[seed][name] - theirs[seed][name])
+    mean, spread = report.mean_and_spread(more)
+    t = f"{mean / spread * len(more) ** .5:.1f}" if spread else "-"
+    return f"{mean:+.3f} ({t}) {sum(x > 0 for x in more)}/{len(more)}"
+
+
+# ------------------------------------------------------------------ the command
+
+def parser():
+    p = runs.Parser(prog="beyond.ablation", allow_abbrev=False,
+                    description=__doc__.splitlines()[0])
+    p.add_argument("--data", metavar="DIR", help="as for train.py")
+    p.add_argument("--seeds", type=runs.count, default=1, help="how many (1)")
+    p.add_argument("--seed", type=runs.seed, default=0, help="the first one (0)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT",
+                       help=", ".join(VARIANTS))
+    which.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
+    p.add_argument("--test-rows", type=runs.count, help="1000, or as many as there are")
+    p.add_argument("--jobs", type=runs.count, default=runs.cores())
+    p.add_argument("--resume", type=runs.folder_name, metavar="NAME",
+                   help="go on with runs/NAME, with its flags")
+    p.add_argument("--name", type=runs.folder_name, default="ablation")
+    return p
+
+
+def run(args):
+    variants = LAM_CURVE if args.lam_curve else VARIANTS
+    names = [name for name in variants if name in (args.only or variants)]
+    data = train.load_data_once(args.data)
+    runs.say(f"data    {data.source}")
+    config = {"data": args.data, "rows": 200, "bpc": .5, "game": train.RATES,
+              "seed": args.seed, "seeds": args.seeds,
+              "test_rows": args.test_rows or adult.enough(data.test, .5, 1000)}
+    for name in names:
+        runs.say(f"    {name:<18} {variants[name].title}")
+    what = {name: [variants[name].title, variants[name].options] for name in names}
+    depends_on = {"format": runs.FORMAT, "config": {**config, "variants": what},
+                  "data": data.sha256, "versions": runs.versions()}
+    jobs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        jobs += [(config, name, seed) for name in names]
+    with runs.open_run(args, depends_on) as folder:
+        rows = runs.run_jobs(run_variant, jobs, min(args.jobs, len(jobs)), folder)
         runs.write_json(folder / "results.json", {
             **depends_on, "rows": rows, "summary": report.summary(rows)})
     show(rows, args.seeds)
     print(f"\nsaved in {folder}/results.json")
 
 
-LEGEND = """
-ACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows behind labelled
-people (any b_Pc), people searched one by one (both directions), texts (random, written,
-sentences), tokens of a Gumbel search: attacks.short."""
-
-
-def show(rows, seeds):
-    columns = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "people": "shots",
-               "climb": "climb", "texts": "texts", "gumbel": "gumbel"}
-    print("\n" + " " * 28 + "".join(f"{name:>10}" for name in columns))
-    for key, values in report.summary(rows).items():
-        changed = next(row["changed"] for row in rows if row["key"] == key)
-        text = f"{changed or 'FairCon':<28}"
-        for name in columns.values():
-            text += f"{report.cell(values.get(name), seeds):>10}"
-        print(text)
-    show_differences(rows)
-    print(LEGEND)
-
-
-def show_differences(rows):
-    """How much more is found on a variant than on FairCon, and on how many seeds."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["key"], []).append(row)        # seeds in their order
-    ours = groups.pop("faircon", None)
-    attacked = {key: some for key, some in groups.items() if "climb" in some[0]}
-    if not ours or not attacked:
-        return
-    print(f"\n{'more than on FairCon':<28}{'people':>17}{'climb':>17}{'texts':>17}"
-          f"{'gumbel':>17}")
-    for key, theirs in attacked.items():
-        text = f"{key:<28}"
-        for name in ("shots", "climb", "texts", "gumbel"):
-            more = [their[name] - our[name] for their, our in zip(theirs, ours)]
-            mean = report.cell(report.mean_and_spread(more), len(more))
-            text += f"{mean:>13} {sum(x > 0 for x in more)}/{len(more)}"
-        print(text)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as problem:
-        sys.exit(f"beyond.ablation: {problem}")
+    with runs.one_sentence("beyond.ablation"):
+        run(runs.parse(parser(), None))

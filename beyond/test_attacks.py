@@ -1,34 +1,32 @@
-"""Tests of beyond/attacks.py: offline, on the CPU, no test that luck can fail."""
+"""Tests of beyond/attacks.py and beyond/ablation.py: offline, on the CPU."""
 import copy
 import math
-import pathlib
-import subprocess
+import pickle
+import runpy
 import sys
+import types
 
 import numpy
 import pytest
 import torch
+from transformers import DynamicCache
 
 import adult
 import faircon
+import lora
+import train
 from adult import InputError
-from beyond import attacks, runs
-from beyond.fast import FastModel, load_model
+from beyond import ablation, attacks, runs
+from beyond.load import load_model
 
-HERE = pathlib.Path(__file__).resolve().parent.parent
-SMALL = {
-    "climb": 5,
-    "tokens": 4,
-    "draws": 2,
-    "test_rows": 8,
-    "lengths": (6,),
-    "climbs": [("behind", "few", 4), ("half", "few", 4)],
-}
+torch.set_num_threads(1)
+SMALL = {"climb": 5, "texts": 4, "tokens": 13, "people": (4,), "most": 4,
+         "places": ("after", "around"), "lengths": (6,), "chosen_on": 5, "test_rows": 8}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(adult.TINY, "float32", "cpu")[0]
+    return load_model("tiny", "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +48,52 @@ def generator(seed=0):
     return numpy.random.default_rng(seed)
 
 
+def spy(monkeypatch, owner, name):
+    """It does what it did -> what it is given from now on, call by call."""
+    seen, real = [], getattr(owner, name)
+
+    def call(*args, **more):
+        seen.append((*args, *more.values()))
+        return real(*args, **more)
+    monkeypatch.setattr(owner, name, call)
+    return seen
+
+
 # ------------------------------------------------------------------ gradient attacks
 
 class Planted:
     """A stand-in: p_m rises with a fixed number for each place and token, p_f is 0.
 
     One token in a thousand is worth 1 in its place, the others .1 or so: a search that
-    tries some hundred prompts cannot meet the ten of them by luck.
+    tries some hundred prompts cannot meet the ten of them by luck. Tokens from 900 on
+    are worth 2 and not usable; the encoding loses 850, worth 0.
     """
     V = 1000
-    bos = []
-    context = math.inf
     device = torch.device("cpu")
     answers = torch.tensor([0, 1])
+    embed = torch.eye(V)
+    usable = list(range(900))
+    mask = torch.zeros(V)
+    mask[900:] = -torch.inf
 
     def __init__(self, length, seed):
         rng = generator(seed)
         table = rng.normal(0, .1, (length, self.V))
-        best = rng.integers(self.V, size=length)
+        best = rng.integers(850, size=length)
         table[range(length), best] = 1.
+        table[:, 900:] = 2.
+        table[:, 850] = 0.
         self.table = torch.tensor(table).float()
-        self.embed = torch.eye(self.V)
-        self.mask = torch.zeros(self.V)
-        self.usable = list(range(self.V))
 
     def ids(self, text):
-        return [int(word) for word in text.split() if word.isdigit()]
+        numbers = [int(word) for word in text.split() if word.isdigit()]
+        return [i for i in numbers if i != 850]
 
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
 
     def prefix(self, g):
-        if torch.is_tensor(g):
-            return g                                                     # (L, V)
-        return self.embed[g]
+        return g if torch.is_tensor(g) else self.embed[g]                # (L, V)
 
     def __call__(self, prefix, questions):
         logits = torch.full((2, len(questions), self.V), -30.)
@@ -94,8 +104,7 @@ class Planted:
         return logits
 
     def p_yes(self, logits):
-        p = logits[..., :2].softmax(-1)
-        return p[..., 1]
+        return logits[..., :2].softmax(-1)[..., 1]
 
     def predict(self, questions, g):
         logits = self(self.prefix(g), questions)
@@ -103,257 +112,293 @@ class Planted:
 
 
 def planted(seed):
-    return attacks.Target(Planted(10, seed), [None] * 4, [], {}, math.inf)
+    return attacks.Target(Planted(10, seed), [None] * 4, [], math.inf)
 
 
-def test_gcg_finds_a_planted_weakness_and_its_controls_do_not():
-    """Guards against a gradient attack that lives off its starts: sign, mask, mean.
+def found_by(name, seed):
+    """What a search finds with a budget of 300; its prompt is text."""
+    search, target = attacks.TOKEN_ATTACKS[name], planted(seed)
+    prompt = search(target, 10, 300, generator(seed))
+    g = [int(word) for word in prompt.text.split()[:10]]
+    assert max(g) < 900 and 850 not in g, f"{name}'s tokens are no text: {g}"
+    return prompt.found
 
-    The former one was no better than the same search with a random gradient.
+
+def test_a_gradient_finds_a_planted_weakness_and_its_control_does_not():
+    """Guards against an attack that lives off its starts: sign, mask, mean, phi's rate.
+
+    The former ones were no better than the same search with a random gradient.
     """
     for seed in range(3):
-        stand_in = planted(seed)
-        found = {}
-        for search in (attacks.gcg, attacks.random_gcg, attacks.random_search):
-            result = search(stand_in, 10, 300, generator(seed))
-            found[search.__name__] = result.found
-        control = max(found["random_gcg"], found["random_search"])
-        margin = found["gcg"] - control
-        assert margin > .5, f"the gradient must be worth .5 of gap, got {found}"
+        for name in ("gcg", "gumbel"):
+            margin = found_by(name, seed) - found_by(f"control: {name}", seed)
+            assert margin > .5, f"{name}'s gradient must be worth .5 of gap: {margin}"
+        assert found_by("random search", seed) < found_by("gcg", seed) - .5
 
 
-def test_gumbel_finds_a_planted_weakness_and_its_control_does_not():
-    """The former one sampled no better than phi as it began."""
-    for seed in range(3):
-        stand_in = planted(seed)
-        found = []
-        for search in (attacks.gumbel, attacks.gumbel_no_step):
-            result = search(stand_in, 10, 300, generator(seed))
-            found.append(result.found)
-        margin = found[0] - found[1]
-        assert margin > .5, f"phi's steps are worth .5 of gap: {found}"
+def test_replacements_are_text_and_change_one_token():
+    g, ranked = [1] * 10, torch.tensor([[1, 2, 850]] * 10)
+    found = attacks.replacements(planted(0), g, ranked, generator(), 30)
+    assert sorted(found) == sorted([1] * i + [2] + [1] * (9 - i) for i in range(10))
 
 
-def test_gumbel_begins_around_its_start(target):
-    """Each token kept with probability .8, the others alike."""
-    model = target.model
-    g = model.usable[:50]
-    logits = attacks.around(model, g) + model.mask
-    p = logits.softmax(-1)
-    kept = p[range(50), g]
-    assert torch.allclose(kept, torch.tensor(.8), atol=1e-3)
-    assert (p[:, model.usable] > 0).all()
+def test_scores_are_the_gap_and_the_signed_gap():
+    model = types.SimpleNamespace()
+    model.predict = lambda *_, **__: numpy.array([[.6, .2], [.1, .4]])
+    target = attacks.Target(model, [], [], 0)
+    assert target.gap([1]) == pytest.approx(.35)
+    assert target.score([[1]]) == [(pytest.approx(.35), [1])]
+    assert target.leaning("a text") == pytest.approx(.05)
 
 
-def test_attacks_and_their_controls_start_together_and_spend_alike(monkeypatch):
+def test_gumbel_begins_around_the_best_of_its_random_prompts(target, monkeypatch):
+    """Each token kept with probability .8, the others alike; phi's rate is ours."""
+    starts = spy(monkeypatch, faircon.Adversary, "start")
+    attacks.gumbel(target, 20, 5, generator())
+    adversary, phi = starts[-1]
+    assert adversary.optimiser.param_groups[0]["lr"] == 3.
+    scored = target.score(attacks.random_prompts(target, 20, 5, generator()))
+    g = phi.argmax(-1).tolist()
+    assert g == max(scored)[1] != min(scored)[1]
+    p = (phi + target.model.mask).softmax(-1)                            # (L, V)
+    assert torch.allclose(p[range(20), g], torch.tensor(.8), atol=1e-3)
+    assert (p[:, target.model.usable] > 0).all()
+
+
+def test_attacks_and_their_controls_start_together_and_keep_to_the_budget(monkeypatch):
     """Otherwise the comparison in the table says nothing."""
-    stand_in = planted(0)
-    predict = stand_in.model.predict
-    scored = []
-
-    def counted(questions, g):
-        scored.append(g)
-        return predict(questions, g)
-    monkeypatch.setattr(stand_in.model, "predict", counted)
-    starts = []
-    spent = []
-    both = (attacks.gcg, attacks.random_gcg, attacks.gumbel, attacks.gumbel_no_step)
-    for search in both:
+    target, starts = planted(0), []
+    scored = spy(monkeypatch, target.model, "predict")
+    slopes = spy(monkeypatch, attacks, "slope")
+    for name in ("gcg", "control: gcg", "gumbel", "control: gumbel"):
         scored.clear()
-        result = search(stand_in, 10, 60, generator())
-        starts.append(result.start)
-        spent.append(len(scored))
-    assert len(set(starts)) == 1, starts
-    assert max(spent) <= 60, f"more prompts scored than the budget: {spent}"
+        attacks.TOKEN_ATTACKS[name](target, 10, 60, generator())
+        starts.append([g for _, g in scored[:5]])
+        tried = len(scored) - 5
+        if name == "gcg":
+            tried += 3 * len(slopes)
+        assert 5 < tried <= (55 // 4 if "gumbel" in name else 55), name
+    assert starts == starts[:1] * 4
 
 
-def test_slope_is_the_derivative_of_the_gap(target):
+def test_a_search_keeps_the_best_of_what_it_scored(target, monkeypatch):
+    for search in attacks.TOKEN_ATTACKS.values():
+        with monkeypatch.context() as patch:
+            scored = spy(patch, attacks.Target, "gap")
+            prompt = search(target, 6, 13, generator())
+        gaps = [target.gap(g) for _, g in scored]
+        assert prompt.found == max(gaps) > min(gaps), search
+
+
+def test_slope_is_the_derivative_of_the_gap(target, monkeypatch):
     """Against a difference quotient along one token, on the embedded model."""
     model = target.model
     g = attacks.random_prompt(model, 6, generator())
-    slope = attacks.true_slope(target, g, None)
+    slope = attacks.slope(target, g)
     one_hot = torch.nn.functional.one_hot(torch.tensor(g), len(model.mask))
     gaps = []
     for step in (-.01, .01):
         moved = one_hot.float()
         moved[2, 300] += step
         with torch.no_grad():
-            logits = model(model.prefix(moved), target.questions)
+            logits = model(model.prefix(moved @ model.embed), target.questions)
         p_m, p_f = model.p_yes(logits)
-        gap = (p_m - p_f).abs().mean()
-        gaps.append(gap.item())
+        gaps.append((p_m - p_f).abs().mean().item())
     quotient = (gaps[1] - gaps[0]) / .02
-    found = slope[2, 300].item()
-    assert found == pytest.approx(quotient, rel=.05, abs=1e-4)
+    assert slope[2, 300].item() == pytest.approx(quotient, rel=.05, abs=1e-4)
+    monkeypatch.setattr(attacks, "AT_ONCE", 3)
+    assert torch.allclose(attacks.slope(target, g), slope, atol=1e-6), "by parts"
+
+
+def test_the_model_writes_what_it_would_without_a_cache(model):
+    """Token by token, from the whole text each time; usable tokens only."""
+    ids = attacks.write(model, 3, 5, torch.Generator().manual_seed(1))
+    draws = torch.Generator().manual_seed(1)
+    x = model.prefix().expand(3, -1, -1)
+    for k in range(5):
+        with torch.no_grad():
+            logits = model.run(x, DynamicCache())[:, -1]
+        p = (logits + model.mask).softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=draws)
+        assert drawn[:, 0].tolist() == [text[k] for text in ids]
+        x = torch.cat([x, model.embed[drawn]], 1)
+    masked = copy.copy(model)
+    masked.mask = torch.full_like(model.mask, -torch.inf)
+    masked.mask[[7, 8]] = 0.
+    ids = attacks.write(masked, 2, 9, draws)
+    assert {i for text in ids for i in text} == {7, 8}
 
 
 # ------------------------------------------------------------------ people
 
 def people_of(text, data):
-    """Parse a prompt back -> [(values, label)]; fails where a line is no census row."""
-    known = {}
-    for column, name in enumerate(adult.COLUMNS):
-        known[name] = {person.values[column] for person in data.train}
+    """Parse a prompt back -> [(sex, label)]; fails where a line is no census row."""
+    known = set()
+    for person in data.train:
+        row = adult.question(person).removesuffix("\nlabel:")
+        known.update(row.removeprefix(adult.OPENING + " ").split(", "))
     found = []
     text = text.replace(adult.INSTRUCTION, "")
-    text = text.replace("\nlabel:", ";")
-    for line in text.splitlines():
-        shot = line.removeprefix(adult.OPENING + " ")
-        row, label = shot.split("; ")
-        assert label in ("0", "1"), line
-        values = {}
+    for line in text.replace("\nlabel:", ";").splitlines():
+        row, label = line.removeprefix(adult.OPENING + " ").split("; ")
         parts = row.split(", ")
-        for name, part in zip(adult.ATTRIBUTES, parts, strict=True):
-            assert part.startswith(name + " "), part
-            value = part.removeprefix(name + " ")
-            assert value in known[name], f"{part!r} is in no census row"
-            values[name] = value
-        found.append((values, int(label)))
+        assert len(parts) == len(adult.ATTRIBUTES) and known.issuperset(parts), line
+        sex = parts[adult.ATTRIBUTES.index("sex")].removeprefix("sex ")
+        found.append((sex, int(label)))
     return found
 
 
 @pytest.mark.parametrize("place", attacks.PLACES)
 def test_climb_keeps_census_rows_and_only_rises(target, data, place):
     for direction in attacks.DIRECTIONS.values():
-        found = attacks.climb(target, direction, 6, place, 12, generator())
+        found = attacks.climb(target, direction, place, 6, 12, generator())
         lines = people_of(found.text, data)
         assert len(lines) == found.size["people"] == 6
-        favoured = "Male" if direction == 1 else "Female"
-        men = 0
-        for values, label in lines:
-            sex = values["sex"]
-            assert label == (sex == favoured), "labels must not flip"
-            men += sex == "Male"
-        assert men == 3
+        favoured = adult.SEXES[direction == -1]
+        assert all(label == (sex == favoured) for sex, label in lines), "never flipped"
+        assert sum(label for sex, label in lines) == 3
         spent = [n for n, _, _ in found.path]
         rising = [value for _, value, _ in found.path]
-        rising.insert(0, found.start)
-        assert rising == sorted(rising)
-        assert rising[-1] == found.found
-        assert direction * target.leaning(found.text) == found.found
         assert spent == [2, 4, 12]
-
-
-def test_a_move_changes_one_thing(target):
-    people = adult.sample(target.people, 6, 1., generator())
-    rng = generator(1)
-    for _ in range(200):
-        others = attacks.move(people, target.pool, rng)
-        changed = [i for i in range(6) if others[i] != people[i]]
-        assert len(changed) < 3
-        if len(changed) == 2:
-            i, j = changed
-            assert others[i] == people[j], "places swapped"
-            assert others[j] == people[i], "places swapped"
-        else:
-            before = [(p.s, p.y) for p in people]
-            after = [(p.s, p.y) for p in others]
-            assert after == before, "a move changed a sex or a label"
-
-
-def test_both_directions_have_their_sign_and_fill_the_context(target):
-    """On the embedded model, which follows the bias of what stands in front."""
-    for direction in attacks.DIRECTIONS.values():
-        found = attacks.climb(target, direction, 32, "behind", 2, generator())
+        assert rising == sorted(rising)
+        assert rising[-1] == found.found == direction * target.leaning(found.text)
+        before = found.text.index(adult.INSTRUCTION) / len(found.text)
+        assert abs(before - attacks.PLACES[place]) < .2, "not where it was to stand"
+        found = attacks.climb(target, direction, place, 32, 1, generator())
         assert found.size["people"] > 20, "the context holds more people than that"
-        assert found.found > .2, f"direction {direction} leans the wrong way"
-        assert target.fits(found.text)
+        assert found.found > .2, "the embedded model follows them: a wrong sign"
+
+
+def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
+    """Up: only people of one education. Down: none. (In the place of the model.)"""
+    def leaning(_, text):
+        return text.count("HS-grad")
+    monkeypatch.setattr(attacks.Target, "leaning", leaning)
+    for direction, least in ((1, 4), (-1, 0)):
+        found = attacks.climb(target, direction, "after", 4, 400, generator())
+        assert found.text.count("education HS-grad") == least
+        assert found.found == direction * least
+
+
+def test_a_path_says_what_was_best_within_its_budget(target):
+    """A climb and GCG: the mark of n prompts knows of no more than n."""
+    found = [attacks.climb(target, 1, "after", 4, n, generator()) for n in (4, 12)]
+    assert found[1].path[1] == (4, found[0].found, found[0].text)
+    found = [attacks.gcg(planted(1), 10, n, generator()) for n in (40, 120)]
+    assert [n for n, _, _ in found[1].path] == [12, 40, 120]
+    assert found[1].path[1] == (40, found[0].found, found[0].text)
+    assert found[1].path[2] == (120, found[1].found, found[1].text)
+
+
+def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
+    """And the embedded model follows it: its signed gap has the sign of b."""
+    size = {**SMALL, "people": (16, attacks.MOST), "most": 32, "only": ("16", "full")}
+    for name, prompt in attacks.search_all(target, size, 0).items():
+        lines = people_of(prompt.text, data)
+        assert len(lines) == prompt.size["people"] >= 16
+        rates = []
+        for sex in adult.SEXES:
+            rates.append(numpy.mean([y for other, y in lines if other == sex]))
+        b = float(name.split("b = ")[1])
+        assert rates[0] - rates[1] == pytest.approx(b, abs=.05), name
+        if abs(b) == 1:
+            assert b * target.leaning(prompt.text) > .2, name
+    for b in (1., -1.):
+        text = attacks.reworded(target, b, generator()).text
+        favoured = adult.SEXES[b == -1.]
+        for line in text.removeprefix(adult.INSTRUCTION).splitlines():
+            assert line.startswith(favoured) == line.endswith("-> 1"), line
 
 
 # ------------------------------------------------------------------ chosen on what
 
-class Spy(FastModel):
-    """The model, failing when a search asks it about a test row."""
-    forbidden = []
+class Spy(faircon.LanguageModel):
+    """The model, failing when it is asked about anybody else than it may."""
 
-    def look(self, questions):
+    def answer(self, cache, questions):
         for question in questions:
-            assert question not in self.forbidden, "chosen on a test row"
-
-    def predict(self, questions, *where, **more):
-        self.look(questions)
-        return super().predict(questions, *where, **more)
-
-    def __call__(self, prefix, questions):
-        self.look(questions)
-        return super().__call__(prefix, questions)
+            assert question in self.allowed, "chosen on another row"
+        return super().answer(cache, questions)
 
 
-def test_prompts_are_chosen_without_test_rows_and_are_text(model, data, people):
-    """Every attack; a test row is known by an age that no census row has."""
-    test = []
-    for person in people.test:
-        values = ("101", *person.values[1:])
-        test.append(person._replace(values=values))
+def test_prompts_are_chosen_on_validation_rows_and_are_text(model, data, people):
+    """Every attack."""
     spy = copy.copy(model)
     spy.__class__ = Spy
-    spy.forbidden = model.questions(test)
+    spy.allowed = model.questions(people.validation[:4])
     target = attacks.target_of(spy, people.validation[:4], data.train)
     found = attacks.search_all(target, SMALL, 0)
-    with pytest.raises(AssertionError, match="chosen on a test row"):
-        attacks.report(spy, found["gcg, 6 tokens"], test)
+    assert len(found) == 5 + 2 + 4 + 6 + 3
+    with pytest.raises(AssertionError, match="another row"):
+        attacks.report(spy, found["gcg, 6 tokens"], people.test)
     rest = model.ids("\n") + model.ids(adult.INSTRUCTION)
-    for name, prompts in found.items():
-        draws = 2 if " b = " in name else 1
-        assert len(prompts) == draws, name
-        first = prompts[0]
-        assert "age 101" not in first.text
+    for name, prompt in found.items():
         if name.endswith(" 6 tokens"):
-            ids = model.ids(first.text)
-            assert len(ids) == 6 + len(rest), "no text of 6 tokens"
-            assert ids[6:] == rest, "no text of 6 tokens"
-            again = target.gap(ids[:6])
-            assert again == first.found, "not the prompt that was scored"
+            ids = model.ids(prompt.text)
+            assert len(ids) == 6 + len(rest) and ids[6:] == rest, "no text of 6 tokens"
+            assert target.gap(ids[:6]) == prompt.found, "not the prompt that was scored"
 
 
-def test_worst_gap_counts_every_few_shot_draw(model, data, people, monkeypatch):
-    size = {**SMALL, "climbs": [], "lengths": ()}
-    accuracies, measure = [], faircon.measure
-
-    def watch(*asked, **more):
-        found = measure(*asked, **more)
-        accuracies.append(found["acc"])
-        return found
-    monkeypatch.setattr(faircon, "measure", watch)
-    row = attacks.attack(model, people, data, size, 0)
-    draws = []
-    means = []
-    for name, entry in row["attacks"].items():
-        if " b = " in name:
-            draws += entry["draws"]
-            means.append(entry["gap"])
-    assert len(draws) == 24
-    assert row["worst"] == max(draws), "this model's worst is a few-shot prompt"
-    assert row["worst"] > max(means), "draws, not their mean"
-    assert row["test_rows"] == 8
-    assert row["lowest_acc"] == min(accuracies) < max(accuracies)
-    entries = row["attacks"].values()
-    assert any(entry["lowest_acc"] < entry["acc"] for entry in entries), "of draws"
+def test_equal_attacks_share_a_seed_whichever_are_wanted(target, monkeypatch):
+    def draw(target, n, rng):
+        return rng.random()
+    plan = [("a", draw, (1,)), ("b", draw, (1,)), ("c", draw, (2,))]
+    monkeypatch.setattr(attacks, "plan", lambda *_: plan)
+    a, b, c = attacks.search_all(target, {}, 0).values()
+    assert a == b != c
+    assert attacks.search_all(target, {"only": ("c",)}, 0) == {"c": c}
+    assert attacks.search_all(target, {}, 1)["a"] != a, "another seed"
 
 
-def test_prompts_are_made_of_people_whom_the_run_has_not_met(model, data, people,
-                                                             monkeypatch):
-    pools = []
-    monkeypatch.setattr(attacks, "search_all", lambda target, *_: pools.append(
-        target.people) or {"none": [attacks.Prompt(adult.INSTRUCTION, {})]})
-    attacks.attack(model, people, data, SMALL, 0)
-    pool = {id(person) for person in pools[0]}
+@pytest.mark.parametrize("work", (attacks.attack, attacks.short))
+def test_who_chooses_who_reports_and_who_stands_in_a_prompt(work, model, data, people,
+                                                            monkeypatch):
+    """Validation people choose, test people report, people whom the run has not met
+    stand in prompts."""
+    targets = []
+
+    def search_all(target, size, seed):
+        targets.append(target)
+        return {"full": attacks.Prompt("a", {}, path=((1, 0., "b"),))}
+    monkeypatch.setattr(attacks, "search_all", search_all)
+    measured = spy(monkeypatch, faircon, "measure")
+    if work is attacks.attack:
+        attacks.attack(model, people, data, SMALL, 0)
+    else:
+        attacks.short(model, data, people, 0, SMALL)
+    test = people.test[:8]
+    assert measured == [(model, test, "a"), (model, test, "b")], "and one on its way"
+    assert targets[0].questions == model.questions(people.validation[:5])
+    pool = {id(person) for person in targets[0].people}
     met = {id(person) for person in people.train + people.validation}
     assert not pool & met, "labelled people of training are no fresh attack"
-    assert len(pool) == len(data.train) - len(met)
+    assert pool | met == {id(person) for person in data.train}
 
 
-def test_gumbel_starts_from_the_best_of_its_random_prompts(target, monkeypatch):
-    phis = []
-    start = faircon.Adversary.start
+def test_the_largest_gap_is_kept(monkeypatch, model, data, people):
+    """Not the first, not the last, not a mean; and the lowest ACC."""
+    names = ("16 people, b = 1", "climb to men", "climb to women", "gumbel, 10 tokens",
+             "gumbel, 80 tokens", "random search", '"A sentence"')
+    gaps, accuracies = (.2, .1, .3, .5, .4, .05, .1), (.9, .8, .6, .7, .9, .9, .9)
+    entries = {}
+    for name, gap, acc in zip(names, gaps, accuracies):
+        entries[name] = {"gap": gap, "acc": acc, "budget": [], "signed_gap": -gap}
+    monkeypatch.setattr(attacks, "search_all", lambda *_: dict(zip(names, names)))
+    monkeypatch.setattr(attacks, "report", lambda _, name, __: dict(entries[name]))
+    row = attacks.attack(model, people, data, SMALL, 0)
+    assert (row["worst"], row["by"], row["lowest_acc"]) == (.5, "gumbel, 10 tokens", .6)
+    assert attacks.short(model, data, people, 0) == {
+        "shots": .2, "climb": .3, "texts": .1, "gumbel": .5}
 
-    def see(adversary, phi):
-        phis.append(phi.clone())
-        start(adversary, phi)
-    monkeypatch.setattr(faircon.Adversary, "start", see)
-    prompt = attacks.gumbel(target, 5, 12, generator())
-    g = phis[-1].argmax(-1).tolist()
-    assert target.gap(g) == prompt.start
+
+def test_short_has_every_kind_without_controls():
+    """Its columns' names begin as attacks do."""
+    names = [name for name, *_ in attacks.plan(attacks.SHORT, 600)]
+    wanted = [name for name in names if name.startswith(attacks.SHORT["only"])]
+    assert len(wanted) == 10 + 2 + 4 + 2 + 3
+    assert not any("control" in name for name in wanted)
+    for begin in attacks.COLUMNS:
+        assert any(name.startswith(begin) for name in wanted), begin
 
 
 def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):
@@ -365,152 +410,320 @@ def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):
 
 # ------------------------------------------------------------------ the command
 
-def finished_run(folder, model, data):
-    """A run's results.json with the model as it is, for two seeds."""
-    config = {
-        "table": 3,
-        "prompt_only": False,
-        "model": "tiny",
-        "dtype": "float32",
-        "data": "tiny",
-        "rows": 8,
-        "bpc": .5,
-        "test_rows": 8,
-    }
-    row = {"key": "not-trained", "trained": False, "g": None}
-    rows = [
-        {**row, "key": "always-0", "seed": 0},
-        {**row, "seed": 0},
-        {**row, "seed": 1},
-    ]
-    results = {
-        "config": config,
-        "model": {"sha256": runs.model_hash(model)},
-        "data": {"source": "tiny", "sha256": data.sha256},
-        "rows": rows,
-    }
-    runs.write_json(folder / "results.json", results)
-    return folder
+@pytest.fixture
+def finished(tmp_path, model, data):
+    """A run's folder with the model as it is, for two seeds."""
+    config = {"table": 3, "prompt_only": False, "model": ["tiny", "float32", "cpu"],
+              "data": str(adult.TINY), "rows": 8, "bpc": .5, "test_rows": 16,
+              "shots": 4}
+    rows = [{"key": "always-0", "seed": 0}]
+    for key in ("not-trained", "averaged"):
+        rows += [{"key": key, "seed": 0}, {"key": key, "seed": 1}]
+    runs.write_json(tmp_path / "results.json", {
+        "config": config, "rows": rows, "data": {"sha256": data.sha256},
+        "model": {"sha256": model.sha256, "small": True}})
+    return tmp_path
 
 
-def asked(kind):
-    size = {
-        **SMALL,
-        "climb": 2,
-        "tokens": 2,
-        "draws": 1,
-        "lengths": [6],                                      # lists, as in JSON
-        "climbs": [["behind", "few", 4]],
-        "only": "g",                                         # gcg, gumbel, controls
-    }
-    return {
-        "kind": kind,
-        "size": size,
-        "data": None,
-        "model_path": None,
-        "device": "cpu",
-    }
+def command(folder, *words):
+    attacks.run(attacks.parser().parse_args([str(folder), "--device", "cpu", *words]))
 
 
-def test_what_a_gradient_is_worth_is_the_difference_to_its_own_control(capsys):
-    rows = []
-    for seed, gap in enumerate((.4, .1)):
-        entries = {"gcg, 10 tokens": gap, "gcg, random gradient, 10 tokens": .2,
-                   "gumbel, 10 tokens": .5, "gumbel, no step, 10 tokens": .1}
-        found = {name: {"gap": value} for name, value in entries.items()}
-        rows.append({"key": "faircon", "seed": seed, "attacks": found})
-    attacks.show_controls(rows)
-    heading, gcg, gumbel = capsys.readouterr().out.strip().splitlines()
-    assert gcg.split() == ["gcg,", "10", "tokens", "+0.050", "1/2"]
-    assert gumbel.split() == ["gumbel,", "10", "tokens", "+0.400", "2/2"]
-
-
-def test_only_some_attacks_are_what_they_are_among_all(target):
-    size = {**attacks.QUICK, "climb": 3, "tokens": 3, "lengths": (4,)}
-    every = attacks.search_all(target, size, 0)
-    some = attacks.search_all(target, {**size, "only": "climb"}, 0)
-    climbs = [name for name in every if name.startswith("climb")]
-    assert list(some) == climbs
-    for name in some:
-        assert every[name] == some[name]
-
-
-def test_results_do_not_depend_on_jobs_and_are_kept(tmp_path, model, data):
-    folder = finished_run(tmp_path, model, data)
-    rows = {}
-    for workers in (1, 2):
-        wanted = asked(str(workers))
-        jobs = [(str(folder), "not-trained", seed, wanted) for seed in (0, 1)]
-        rows[workers] = runs.run_jobs(attacks.attack_model, jobs, workers)
-    assert rows[1] == rows[2]
-    first, second = rows[2]
+@pytest.mark.filterwarnings("ignore:nobody has")
+def test_a_row_is_of_its_model_and_seed_whatever_ran_before(finished, data, monkeypatch,
+                                                            capsys):
+    """The real command; then one of its jobs again, as another process would get it."""
+    monkeypatch.setitem(attacks.QUICK, "lengths", (6,))
+    jobs = spy(monkeypatch, runs, "run_jobs")
+    loaded = spy(monkeypatch, runs, "load_run")
+    attacked = spy(monkeypatch, attacks, "attack")
+    command(finished, "--only", "gcg", "--budget", "13", "--chosen-on", "4",
+            "--test-rows", "4", "--jobs", "1")
+    first, second = runs.read_json(finished / "attacks-gcg.json")["rows"]
+    for seed in (0, 1):
+        assert loaded[seed] == (str(finished), "not-trained", seed, None, "cpu")
+        assert attacked[seed][1] == adult.split(data, 8, .5, 16, seed)
+    work, asked, workers, place = pickle.loads(pickle.dumps(jobs[0]))
+    assert work(*asked[1], place) == [second]
+    assert (second["seed"], second["test_rows"], workers) == (1, 4, 1)
+    assert list(first["attacks"]) == ["gcg, 6 tokens", "control: gcg, 6 tokens"]
     assert first["attacks"] != second["attacks"], "seeds differ"
-    file = folder / "not-trained-1" / "attacks-2.json"
-    saved = runs.read_json(file)
-    assert saved["row"] == second
-    kept = {**saved, "row": "kept"}
-    runs.write_json(file, kept)
-    again = attacks.attack_model(str(folder), "not-trained", 1, asked("2"))
-    assert again == "kept", "a finished model was attacked again"
+    assert "\ngcg, 6 tokens" in capsys.readouterr().out
 
 
-def test_the_table_fits_and_ends_in_the_worst(capsys):
-    entry = {"gap": .1234, "signed_gap": -.1, "draws": [.1, .2]}
-    names = [name for name, *_ in attacks.plan(attacks.FULL, 600)]
-    row = {
-        "worst": .2,
-        "lowest_acc": .5,
-        "attacks": dict.fromkeys(names, entry),
-    }
-    rows = []
-    for key in ("not-trained", "fine-tuned", "cda", "paper", "faircon", "sixth"):
-        for seed in (0, 1):
-            rows.append({**row, "key": key, "seed": seed})
-    attacks.show(rows)
-    print(attacks.LEGEND.format(draws=3))
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    widest = max(lines, key=len)
-    assert len(widest) <= 88, widest
-    worst = [line for line in lines if line.startswith("worst gap")]
-    assert len(worst) >= 2
-    assert "-.100±.000" in out
+def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypatch):
+    """Another budget, another run in the folder, another program: another row."""
+    done = []
+
+    def attack_model(config, key, seed, folder):
+        done.append((key, seed))
+        found = {"x": {"gap": 0.}}
+        return [{"key": key, "seed": seed, "attacks": found, "worst": 0., "by": "x",
+                 "lowest_acc": .5}]
+    monkeypatch.setattr(attacks, "attack_model", attack_model)
+
+    def computed(*words):
+        done.clear()
+        command(finished, "--jobs", "1", *words)
+        return len(done)
+    assert computed() == 2
+    assert set(done) == {("not-trained", 0), ("not-trained", 1)}, "others have no gap"
+    assert computed() == 0
+    assert computed("--budget", "3") == computed("--test-rows", "2") == 2
+    assert computed() == computed("--budget", "3") == 0, "what was computed is kept"
+    results = runs.read_json(finished / "results.json")
+    runs.write_json(finished / "results.json", {**results, "again": True})
+    assert computed() == 2, "another run"
+    monkeypatch.setattr(attacks, "__file__", ablation.__file__)
+    assert computed() == 2, "another program"
+    assert len(runs.read_json(finished / "attacks.json")["rows"]) == 2
 
 
-def test_nothing_that_fits_is_one_sentence(model, data, people):
-    size = {**SMALL, "lengths": (640,), "only": "gumbel"}
-    with pytest.raises(InputError, match="context"):
-        attacks.attack(model, people, data, size, 0)
+def test_flags_say_how_much_is_tried():
+    words = "x --full --budget 7 --most 9 --chosen-on 5 --test-rows 3".split()
+    size = attacks.size_of(attacks.parser().parse_args(words))
+    assert (size["climb"], size["texts"], size["tokens"]) == (7, 7, 7)
+    assert (size["chosen_on"], size["test_rows"]) == (5, 3)
+    for _, search, arguments in attacks.plan(size, 99):
+        if search is attacks.few_shot:
+            assert arguments[0] <= 9
+        if search is attacks.climb:
+            assert arguments[2:] == (9, 7)
+    assert attacks.QUICK["most"] == 32, "a flag changes no constant"
 
 
-def test_bad_input_is_one_sentence(tmp_path, model, data):
-    finished_run(tmp_path, model, data)
-    results = runs.read_json(tmp_path / "results.json")
+def test_bad_input_is_one_sentence(finished, monkeypatch):
+    results = runs.read_json(finished / "results.json")
     table_1 = {**results["config"], "table": 1}
-    wrong = {
-        "cannot be read": None,
-        "holds no model": {},
-        "has no config": {"rows": results["rows"]},
-        "is not a run of Table 3": {**results, "config": table_1},
-    }
+    wrong = {"cannot be read": None, "has no config": {"rows": results["rows"]},
+             "holds no not-trained": {**results, "rows": results["rows"][:1]},
+             "row without key": {**results, "rows": [{"key": 3}]},
+             "is not a run of Table 3": {**results, "config": table_1}}
     for said, content in wrong.items():
-        folder = tmp_path / said.replace(" ", "-")
+        folder = finished / said.replace(" ", "-")
         if content is not None:
             runs.write_json(folder / "results.json", content)
-        args = attacks.parser().parse_args([str(folder)])
         with pytest.raises(InputError, match=said) as problem:
-            attacks.run(args)
+            command(folder)
         assert "\n" not in str(problem.value)
-    words = [str(tmp_path), "--models", "nobody"]
-    args = attacks.parser().parse_args(words)
-    with pytest.raises(InputError, match="holds no nobody"):
-        attacks.run(args)
+    with pytest.raises(InputError, match="holds no robust"):
+        command(finished, "--models", "robust")
+    monkeypatch.setattr(sys, "argv", ["attacks", str(finished / "nothing")])
+    monkeypatch.delitem(sys.modules, "beyond.attacks")
+    with pytest.raises(SystemExit, match="^beyond.attacks: .*cannot be read"):
+        runpy.run_module("beyond.attacks", run_name="__main__")
 
 
-def test_the_command_ends_with_status_1_and_a_sentence(tmp_path):
-    nothing = str(tmp_path / "nothing")
-    command = [sys.executable, "-m", "beyond.attacks", nothing]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("beyond.attacks: ")
-    assert done.stderr.count("\n") == 1
+def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):
+    size = {**SMALL, "lengths": (6, 640), "only": "gumbel", "chosen_on": 1}
+    row = attacks.attack(model, people, data, size, 0)
+    assert list(row["attacks"]) == ["gumbel, 6 tokens"]
+    with pytest.raises(InputError, match="holds no prompt of these"):
+        attacks.attack(model, people, data, {**size, "lengths": (640,)}, 0)
+
+
+def test_the_tables_fit_and_say_who_was_worst(capsys):
+    """Every model of Table 3 that can be attacked; a gradient minus its own control."""
+    rows = []
+    for key in attacks.ATTACKED:
+        for seed, gap in enumerate((.4, .1)):
+            found = {}
+            for name, *_ in attacks.plan(attacks.FULL, 600):
+                found[name] = {"gap": .05, "signed_gap": -.1}
+            found["full, b = -1"]["gap"] = .2 + gap
+            found["other wording, b = 1"]["gap"] = .9
+            found["gcg, 10 tokens"]["gap"] = gap
+            found["control: gcg, 10 tokens"]["gap"] = .2
+            rows.append({"key": key, "seed": seed, "attacks": found, "worst": gap,
+                         "by": f"found {seed}", "lowest_acc": .5})
+    attacks.show(rows, attacks.FULL)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 88
+    said = [" ".join(line.split()) for line in lines]
+    assert sum(line.startswith("worst gap .250±.212") for line in said) == 2
+    assert "16 people, b = 1, p_m - p_f -.100±.000 -.100±.000" in said
+    assert "robust 1 .300 .100 found 1" in said
+    assert "robust 0 .600 .400 found 0" in said
+    assert "gcg, 10 tokens +0.050 1/2 +0.050 1/2" in said
+    for key in attacks.ATTACKED:
+        assert any(key in line for line in said if line.startswith("gap on test rows"))
+
+
+# ------------------------------------------------------------------ the ablation
+
+RATES = {"rounds": 2, "phi_steps": 2, "batch_size": 8, "lr": .01, "swa": 1.,
+         "longest": 40, "dropout": .5}
+CONFIG = {"data": str(adult.TINY), "rows": 16, "bpc": .5, "test_rows": 16,
+          "game": RATES}
+SEXLESS = ("no-sex", "not-trained-no-sex")
+
+
+@pytest.fixture(scope="module")
+def variants():
+    """Every variant trained, and what its parts were given -> {name: Namespace}."""
+    seen, calls = {}, [faircon.Game.__init__, faircon.Game.terms,
+                       faircon.Adversary.start, faircon.measure]
+    begin, terms, start, measure = calls
+
+    def see_game(game, *args):
+        begin(game, *args)
+        now.game = game
+
+    def see_prompt(game, g, batch):
+        now.prompts[game.done].append(g)
+        return terms(game, g, batch)
+
+    def see_start(adversary, phi):
+        now.starts.append(len(phi))
+        start(adversary, phi)
+
+    def see_model(model, people, **more):
+        now.measured, now.attributes = people, more["attributes"]
+        now.theta = [p.detach().clone() for p in lora.theta(model.model)]
+        now.layers = lora.adapters(model.model).values()
+        now.merged = [layer.original is not None for layer in now.layers]
+        return measure(model, people, **more)
+
+    def see_attack(model, data, people, seed):
+        now.attacked = (people, seed)
+        assert all(layer.original is not None for layer in now.layers), "not merged"
+        return {"climb": .5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faircon.Game, "__init__", see_game)
+        patch.setattr(faircon.Game, "terms", see_prompt)
+        patch.setattr(faircon.Adversary, "start", see_start)
+        patch.setattr(faircon, "measure", see_model)
+        patch.setattr(attacks, "short", see_attack)
+        for name in [*ablation.VARIANTS, "lam-0.1"]:
+            now = types.SimpleNamespace(prompts=[[], []], starts=[], game=None)
+            now.row, = ablation.run_variant(CONFIG, name, 3, "nowhere")
+            seen[name] = now
+    return seen
+
+
+def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
+    """SWA's average, merged, on test rows; attacked with the same split and seed."""
+    people = adult.split(data, 16, .5, 16, 3)
+    for name, seen in variants.items():
+        assert (seen.row["key"], seen.row["seed"]) == (name, 3)
+        assert seen.measured == people.test
+        assert all(seen.merged)
+        if name not in SEXLESS:
+            assert seen.attacked == (people, 3)
+            assert seen.row["climb"] == .5
+        if name != "not-trained-no-sex":
+            assert seen.game.people == people.train
+            assert seen.game.swa.n == 4
+            for p, mean in zip(seen.theta, seen.game.swa.average, strict=True):
+                assert torch.equal(p, mean), "not SWA's average"
+
+
+def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
+    changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
+    changes["lam-0.1"] = {"lam": .1}
+    for name, seen in variants.items():
+        if seen.game:
+            row = "fine-tuned" if name == "no-sex" else "robust"
+            expected = vars(train.options_of(CONFIG, row)) | changes.get(name, {})
+            assert vars(seen.game.options) == expected, name
+
+
+def test_variants_meet_the_prompts_that_their_title_says(variants):
+    """Two batches a round; a sample of phi and shots for each, or some of that."""
+    for name in ("robust", "no-steps", "written", "goes-on", "lam-0.1"):
+        for prompts in variants[name].prompts:
+            assert len(prompts) == 4, name
+    texts = variants["written"].game.texts
+    for shots in variants["written"].prompts[1][1::2]:
+        assert any(text[-len(shots):] == shots for text in texts), "not the model's own"
+    for name in ("adversary", "noise"):
+        for a, b in variants[name].prompts:
+            assert len(a) == len(b) and a != b, f"{name}: a fresh sample at each step"
+    (a, b), (c, d) = variants["one-sample"].prompts
+    assert a == b and c == d and a != c, "one sample a round"
+
+
+def test_phi_begins_anew_except_where_it_goes_on(variants):
+    """At the paper's length, 4 steps of one Adam; else at one of its own each round."""
+    goes_on = variants["goes-on"]
+    assert goes_on.starts == [10]
+    state = goes_on.game.adversary.optimiser.state_dict()["state"]
+    assert state[0]["step"] == 4
+    for samples in goes_on.prompts:
+        assert [len(g) for g in samples[::2]] == [10, 10]
+    for name, seen in variants.items():
+        if name not in (*SEXLESS, "goes-on"):
+            assert len(seen.starts) == 3, name
+            for prompts, length in zip(seen.prompts, seen.starts[1:]):
+                assert len(prompts[0]) == length, name
+
+
+def test_without_sex_twins_are_one_text(variants):
+    for name in SEXLESS:
+        seen = variants[name]
+        assert seen.row["gap"] == 0 and "sex" not in seen.attributes
+        assert "climb" not in seen.row, "nothing to find"
+    assert variants["robust"].row["gap"] > 0
+    assert variants["not-trained-no-sex"].game is None
+    assert not variants["not-trained-no-sex"].theta, "an adapter is left from before"
+    seen = variants["no-sex"]
+    assert seen.prompts == [[None, None]] * 2 and not seen.starts
+    assert type(seen.game) is faircon.Game
+    for x_m, x_f in seen.game.questions:
+        assert x_m == x_f, "trained on a text that says sex"
+    torch.manual_seed(99)
+    assert ablation.run_variant(CONFIG, "no-sex", 3, "nowhere") == [seen.row]
+    again = lora.theta(train.load_once("tiny", "float32", "cpu").model)
+    for p, before in zip(again, seen.theta, strict=True):
+        assert torch.equal(p, before), "a variant depends on what ran before it"
+
+
+def test_differences_are_paired_by_seed(capsys):
+    """Hand-computed: differences .1, .2, .3: mean .2, t = .2 / (.1 / sqrt 3) = 3.5."""
+    rows = []
+    for seed, more in ((1, .1), (2, .2), (3, .3)):
+        rows.append({"key": "noise", "seed": seed, "acc": .5 + seed + more, "dpd": .1,
+                     "gap": 1. - more, "climb": .5 * seed})
+        theirs = {"seed": seed, "acc": .5 + seed, "dpd": .1, "gap": 1., "climb": seed}
+        rows.insert(0, {**theirs, "key": "adversary"})
+    ablation.show_differences(rows, ("ACC", "gap", "climb"))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split() == ["noise", "-", "adversary", "+0.200", "(3.5)", "3/3",
+                            "-0.200", "(-3.5)", "0/3", "-1.000", "(-3.5)", "0/3"]
+    ours, theirs = {1: {"gap": .5}}, {1: {"gap": .25}}
+    assert ablation.difference(ours, theirs, "gap") == "+0.250 (-) 1/1"
+    assert ablation.difference(ours, theirs, "climb") == "-", "it was not attacked"
+
+
+def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch, capsys):
+    """Variants, seeds and test rows as the flags say; the tables fit."""
+    jobs, enough = [], spy(monkeypatch, adult, "enough")
+
+    def no_work(work, asked, workers, folder):
+        jobs.extend(asked)
+        rows = []
+        for _, key, seed in asked:
+            values = dict.fromkeys(ablation.COLUMNS.values(), .1234 / seed)
+            rows.append({"key": key, "seed": seed, **values})
+        return rows
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "run_jobs", no_work)
+    for words in (["--seed", "5"], ["--lam-curve", "--seeds", "2", "--test-rows", "24",
+                                    "--seed", "1", "--name", "b"]):
+        args = runs.parse(ablation.parser(), ["--data", str(adult.TINY), *words])
+        ablation.run(args)
+    config, *_ = jobs[0]
+    data = adult.load(adult.TINY)
+    assert enough == [(data.test, .5, 1000)]
+    assert config["test_rows"] == adult.enough(data.test, .5, 1000)
+    assert (config["game"], config["rows"], config["bpc"]) == (train.RATES, 200, .5)
+    first = [(name, 5) for name in ablation.VARIANTS]
+    second = [(name, seed) for seed in (1, 2) for name in ablation.LAM_CURVE]
+    assert [(name, seed) for _, name, seed in jobs] == first + second
+    assert jobs[-1][0]["test_rows"] == 24
+    assert runs.read_json("runs/b/results.json")["summary"]["lam-10"]["climb"]
+    for name, lam in (("lam-0", 0.), ("lam-0.1", .1), ("lam-1", 1.), ("lam-10", 10.)):
+        assert ablation.LAM_CURVE[name].options == {"lam": lam}
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 88
+    assert "one-sample - noise" in out and "lam-10 - lam-1" in out
