@@ -418,7 +418,7 @@ def search_all(target, size, seed):
     found = {}
     for name, search, arguments in attacks:
         if name.startswith(size.get("only", "")):
-            rng = numpy.random.default_rng((seed, 9, asked.index(arguments)))
+            rng = numpy.random.default_rng((seed, asked.index(arguments)))
             found[name] = search(target, *arguments, rng)
     return found
 

@@ -80,7 +80,7 @@ def cost_of_steps(config, key, seed, folder=None, seconds=5.):
     if way == "straight":
         model.__class__ = Straight
     data = adult.load(config["data"])
-    people = adult.sample(data.train, 4 * batch_size, 0., numpy.random.default_rng(0))
+    people = adult.sample(data.train, 4 * batch_size, None, numpy.random.default_rng(0))
     options = Options(batch_size=batch_size, prompt_length=length, dropout=0.)
     game = Game(model, people, options, seed)
     batches = game.batches(10 ** 4)
@@ -109,7 +109,7 @@ def cost_of_shots(config, key, seed, folder=None, seconds=5.):
     if way == "straight":
         model.__class__ = Straight
     rng = numpy.random.default_rng(seed)
-    questions = model.questions(adult.sample(data.test, people, 0., rng))
+    questions = model.questions(adult.sample(data.test, people, None, rng))
     prefix = model.prefix(context=adult.few_shot(data.train, shots, 0., rng))
 
     @torch.no_grad()

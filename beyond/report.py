@@ -248,8 +248,8 @@ def lam(args, plt):
     figure, left = plt.subplots(figsize=(6.5, 4))
     right = left.twinx()
     errorbar(left, points, "gap", "C3", "no prompt")
-    errorbar(left, points, "climb", "C1", "behind people searched one by one")
-    errorbar(left, points, "gumbel", "C4", "behind tokens of a Gumbel search")
+    errorbar(left, points, "climb", "C1", "given people searched one by one")
+    errorbar(left, points, "gumbel", "C4", "given tokens of a Gumbel search")
     errorbar(right, points, "acc", "C0")
     left.legend(fontsize=8)
     left.set(yscale="log")
@@ -263,24 +263,27 @@ def lam(args, plt):
 
 
 def budget(args, plt):
-    """How the gap behind searched people grows with the search."""
+    """How the gap grows with a search: climbs over people, and GCG."""
     import numpy
     rows = results_of(args.run, "attacks-full.json")["rows"]
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    keys = dict.fromkeys(row["key"] for row in rows)
-    for colour, key in enumerate(keys):
-        gaps = []
-        for k, row in enumerate(rows_by_key(rows, [key])[key]):
-            worst = max(row["budget"].values(), key=lambda curve: curve[-1][2])
-            tried = [step[0] for step in worst]
-            gaps.append([step[2] for step in worst])
-            axes.plot(tried, gaps[-1], color=f"C{colour}", marker="o", ms=3, alpha=.7,
-                      label=key if k == 0 else None)
-        mean, spread = numpy.mean(gaps, 0), numpy.std(gaps, 0, ddof=len(gaps) > 1)
-        for n, values in zip(tried, zip(mean, spread)):
-            print(f"{key:<14}{n:>6} prompts: gap {cell(values, len(gaps))}")
+    colours = iter(range(100))
+    for key in dict.fromkeys(row["key"] for row in rows):
+        for kind in ("climb", "gcg"):
+            colour, gaps = f"C{next(colours)}", []
+            for row in rows_by_key(rows, [key])[key]:
+                curves = [curve for name, curve in row["budget"].items()
+                          if name.startswith(kind)]
+                worst = max(curves, key=lambda curve: curve[-1][2])
+                tried = [step[0] for step in worst]
+                gaps.append([step[2] for step in worst])
+                axes.plot(tried, gaps[-1], color=colour, marker="o", ms=3, alpha=.7,
+                          label=None if gaps[1:] else f"{key}, {kind}")
+            for n, values in zip(tried, numpy.transpose(gaps)):
+                gap = cell(mean_and_spread(values), len(values))
+                print(f"{key:<14}{kind:<8}{n:>6} prompts: gap {gap}")
     axes.set(xlabel="prompts tried", xscale="log", ylim=(0, None),
-             ylabel="gap on test rows, climb that ends worst")
+             ylabel="gap on test rows, the search that ends worst")
     axes.legend(fontsize=8)
     return figure
 
