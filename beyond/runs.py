@@ -107,7 +107,7 @@ def one_sentence(program):
         sys.exit(f"{program}: {problem}")
     except KeyboardInterrupt:
         sys.exit(f"\n{program}: interrupted; what is finished is kept, and --resume "
-                 "NAME (of attacks: the same command) goes on.")
+                 "NAME goes on (attacks: the same command).")
     except BrokenPipeError:                                                 # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
