@@ -11,7 +11,6 @@ beyond.attacks.short.
 import dataclasses
 from typing import NamedTuple
 
-import numpy
 import torch
 
 import adult
