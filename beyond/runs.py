@@ -384,7 +384,7 @@ def do(work, job, folder):
             if not isinstance(row, dict) or row.get("seed") != seed or "key" not in row:
                 raise InputError(f"{place}/rows.json is damaged; delete it, and "
                                  "--resume makes it again.")
-        (place / "state.pt").unlink(missing_ok=True)       # killed before it was removed
+        (place / "state.pt").unlink(missing_ok=True)       # killed before it could go
         return rows
     rows = without_nan(work(config, key, seed, folder))
     write_json(place / "rows.json", rows)
