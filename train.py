@@ -129,6 +129,8 @@ def parser():
         note = f"{getattr(Options, f.name, f.default):g}"
         if f.name in RATES:
             note = f"{RATES[f.name]:g}; paper {note}"
+        elif f.default != getattr(Options, f.name, f.default):
+            note += f"; robust {f.default:g}"
         g.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
                        help=f"{f.metadata['help']} ({note})")
     return p
