@@ -168,8 +168,17 @@ def options_of(config, key):
 
 # ------------------------------------------------------------------ Table 3
 
-load_once = functools.lru_cache(1)(load_model)
+loaded = {}
 load_data_once = functools.lru_cache(1)(adult.load)
+
+
+def load_once(name, dtype, device):
+    """One model a process; "auto" and what it was resolved to are the same."""
+    if (name, dtype, device) not in loaded:
+        loaded.clear()
+        model = load_model(name, dtype, device)
+        loaded[name, dtype, device] = loaded[name, model.computed_in, device] = model
+    return loaded[name, dtype, device]
 
 
 def train_model(config, key, seed, folder):

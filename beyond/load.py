@@ -24,7 +24,7 @@ from faircon import LanguageModel
 SMALL = 512                   # hidden size below which one thread is as good as two
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PUBLIC = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.bin")
 # Rotary embeddings that change where a text grows longer than this many positions.
 SWITCHING = ("longrope", "dynamic")
 
@@ -72,7 +72,7 @@ def load_model(name, dtype="auto", device="auto"):
     try_out(model, name)
     threads = torch.get_num_threads()
     model.small, model.computed_in = small, dtype
-    model.sha256 = sha256(place, tokenizer)
+    model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"))
     model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
     model.how = f"{dtype} ({why}) on {device} ({threads} thread{'s' * (threads > 1)})"
     return model
@@ -148,13 +148,16 @@ def try_out(model, name):
                          "model.") from None
 
 
-def sha256(place, tokenizer):
-    """Of the weights as they lie on disk, whatever dtype they are loaded in."""
+def sha256(place, tokenizer, file=None):
+    """Of the weights as they lie on disk, whatever dtype they are loaded in.
+
+    file: the only one of the folder that counts, such as one GGUF of several.
+    """
     if not pathlib.Path(place).is_dir():                     # a hub id: its local copy
         config = transformers.utils.cached_file(place, "config.json")
         place = pathlib.Path(config).parent
     digest = hashlib.sha256()
-    for pattern in WEIGHTS:
+    for pattern in [file] if file else WEIGHTS:
         for path in sorted(pathlib.Path(place).glob(pattern)):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -66,29 +66,35 @@ def folder_name(text):
     return text
 
 
+BESIDE_RESUME = ("--resume", "--jobs", "--device", "--data", "--model")
+
+
 def parse(parser, argv):
     """The command's flags; --resume NAME takes those of the run of this name.
 
-    Beside it --jobs only: where a run goes on, another number may be right.
+    Beside it those of BESIDE_RESUME only: a run may go on on another machine. The dtype
+    is what "auto" was where it began.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
-    name, jobs = args.resume, args.jobs
-    args.argv = sys.argv[1:] if argv is None else list(argv)
-    if name is not None:
-        for flag in args.argv:
-            allowed = flag.split("=")[0] in ("--resume", "--jobs")
-            if flag.startswith("-") and not allowed:
-                raise InputError(f"--resume takes the flags that {name} was started "
-                                 f"with; leave out {flag}, or begin another run.")
-        folder = pathlib.Path("runs") / name
-        if not (folder / "run.json").exists():
-            raise InputError(f"there is no run in {folder}; leave out --resume.")
-        argv = read_json(folder / "run.json").get("argv")
-        if not isinstance(argv, list) or not all(isinstance(a, str) for a in argv):
-            raise InputError(f"{folder}/run.json has no argv: not this program's.")
-        args = parser.parse_args(argv)
-        args.argv, args.resume, args.name = argv, name, name
-        args.jobs = jobs or args.jobs
+    args.argv, name = argv, args.resume
+    if name is None:
+        return args
+    for flag in argv:
+        if flag.startswith("-") and flag.split("=")[0] not in BESIDE_RESUME:
+            raise InputError(f"--resume takes the flags that {name} was started with; "
+                             f"leave out {flag}, or begin another run.")
+    folder = pathlib.Path("runs") / name
+    if not (folder / "run.json").exists():
+        raise InputError(f"there is no run in {folder}; leave out --resume.")
+    run = read_json(folder / "run.json")
+    began = run.get("argv")
+    if not isinstance(began, list) or not all(isinstance(a, str) for a in began):
+        raise InputError(f"{folder}/run.json has no argv: not this program's.")
+    model = flatten(run).get("config model")
+    dtype = ["--dtype", model[1]] if isinstance(model, list) and model[1:] else []
+    args = parser.parse_args([*began, *dtype, *argv])            # the last one counts
+    args.argv, args.name = began, name
     return args
 
 
@@ -272,10 +278,19 @@ def take(file, folder):
 
 
 def compare(folder, depends_on):
-    """InputError, naming it, if what an interrupted run depends on has changed."""
+    """InputError, naming it, if what an interrupted run depends on has changed.
+
+    Another machine (its versions, its processor) is said, and is no error; model and
+    data are compared by their sha256, and the dtype is the run's.
+    """
     flat, saved = flatten(depends_on), flatten(read_json(folder / "run.json"))
     for name in flat:
-        if flat[name] != saved.get(name):
+        if name in ("config model", "config data") or flat[name] == saved.get(name):
+            continue
+        if name == "model computed in" or name.startswith("versions "):
+            say(f"note: {name} was {saved.get(name)} and is now {flat[name]}; last "
+                "digits may differ")
+        else:
             raise InputError(
                 f"the run in {folder} was started with another {name} "
                 f"({str(saved.get(name))[:40]}, now {str(flat[name])[:40]}); "

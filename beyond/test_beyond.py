@@ -74,7 +74,7 @@ def own_copy():
 
     def clear():
         train.load_data_once.cache_clear()
-        train.load_once.cache_clear()
+        train.loaded.clear()
     yield copy
     clear()
 
@@ -483,7 +483,7 @@ def test_flags_become_jobs(words, small, here, monkeypatch):
     """One core a job; but a large model is alone, or it would not fit in memory."""
     def stop(work, jobs, workers, folder):
         raise Stop(work, jobs, workers, folder)
-    model = train.load_once("tiny")
+    model = train.load_once("tiny", "auto", "cpu")
     monkeypatch.setattr(model, "small", small)
     monkeypatch.setattr(train, "load_once", lambda *_: model)
     untrained = {"acc": .5, "gap": .1, "positives": .5}
@@ -574,7 +574,7 @@ def test_resume_ends_as_if_never_interrupted(interrupted, never, here, monkeypat
     assert played == [2], "all other rounds were kept"
 
 
-@pytest.mark.parametrize("what", ["data adult.data", "model sha256", "versions numpy",
+@pytest.mark.parametrize("what", ["data adult.data", "model sha256",
                                   "config game lam"])
 def test_resume_after_a_change_is_refused_by_name(what, interrupted, here):
     shutil.copytree(interrupted, "runs/cut")
@@ -590,6 +590,29 @@ def test_resume_after_a_change_is_refused_by_name(what, interrupted, here):
     refused(["--resume", "cut", "--lam=2"], "leave out --lam")
     assert state.read_bytes() == before, "the state is left alone"
     assert not pathlib.Path("runs/cut/results.json").exists()
+
+
+def test_a_run_goes_on_on_another_machine(interrupted, never, here, monkeypatch,
+                                          capsys):
+    """With its dtype, whatever "auto" means there; what differs is said."""
+    shutil.copytree(interrupted, "runs/cut")
+    run = runs.read_json("runs/cut/run.json")
+    run["versions"]["cpu"], run["model"]["computed in"] = "AVX9", "on a GPU"
+    run["config"]["model"][2] = "cuda"
+    runs.write_json("runs/cut/run.json", run)
+    choose, loads, really = load.choose_dtype, [], train.load_model
+    monkeypatch.setattr(load, "choose_dtype", lambda dtype, *more: (
+        ("bfloat16", "this machine") if dtype == "auto" else choose(dtype, *more)))
+    monkeypatch.setattr(train, "load_model",
+                        lambda *asked: loads.append(asked) or really(*asked))
+    train.loaded.clear()
+    train.main(["--resume", "cut", "--device", "cpu", "--data", "data/"])
+    train.loaded.clear()
+    said = capsys.readouterr().out
+    for note in ("versions cpu was AVX9", "computed in was on a GPU and is now float32"):
+        assert note in said
+    assert loads == [("model", "float32", "cpu")], "once, in the run's dtype"
+    assert results_of("runs/cut")["rows"] == never["rows"]
 
 
 def test_a_finished_run_stays_and_an_interrupted_one(interrupted, full, here, capsys):
@@ -1079,6 +1102,19 @@ def test_auto_is_resolved_once_and_the_hash_is_of_the_file(full, here, own_copy,
     assert model.computed_in == "bfloat16" and model.dtype == torch.bfloat16
     assert results["model"]["sha256"] == results_of(full[0])["model"]["sha256"]
     assert "1 thread)" in model.how, "a small model's numbers depend on the cores"
+    train.loaded.clear()
+    first = train.load_once("model", "auto", "cpu")
+    assert train.load_once("model", "float32", "cpu") is first, "not loaded twice"
+
+
+def test_the_hash_of_a_gguf_file_is_of_this_file(tmp_path):
+    """Others beside it, of other roundings of the model, do not count."""
+    tokenizer = types.SimpleNamespace(get_vocab=dict)
+    (tmp_path / "a.gguf").write_bytes(b"a")
+    alone = load.sha256(tmp_path, tokenizer, "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(b"b")
+    assert load.sha256(tmp_path, tokenizer, "a.gguf") == alone
+    assert load.sha256(tmp_path, tokenizer, "b.gguf") != alone
 
 
 def test_smollm2_is_the_file_in_its_wheel():
