@@ -262,7 +262,7 @@ def measure_all(model, people, data, config, key, seed, place):
     row = evaluate(p, people.test)
     biased = answers_of(model, key, people.test_bpc)
     row["acc_bpc"] = evaluate(biased, people.test_bpc)["acc"]
-    some, gaps, means = people.test[:400], [], []
+    some, gaps, means = people.test[:200], [], []
     for b in (1., -1.):
         rng = numpy.random.default_rng((seed, 6))
         shots = adult.few_shot(data.train, config["shots"], b, rng)

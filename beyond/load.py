@@ -52,7 +52,7 @@ def load_model(name, dtype="auto", device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **gguf)
         network, info = transformers.AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
-            **gguf)
+            attn_implementation=attention(device), **gguf)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001  a dozen kinds, one meaning to the user
@@ -190,6 +190,15 @@ def choose_dtype(dtype, device, small):
     if native:
         return "bfloat16", "the hardware has it"
     return "float32", "no bf16 in this hardware"
+
+
+def attention(device):
+    """Transformers' "eager" on a CPU; None is its own choice.
+
+    In bf16 the backward pass of torch's fused one makes a step half as long again
+    there (python -m beyond.cost --attention); in float32 they are alike.
+    """
+    return "eager" if device == "cpu" else None
 
 
 def keep_memory():
