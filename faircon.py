@@ -27,6 +27,7 @@ The released step of theta has no distance and no lam in it.
     python faircon.py      # the game on forty people, step by step
 """
 import copy
+import inspect
 import math
 import textwrap
 from dataclasses import dataclass, field, fields
@@ -60,6 +61,8 @@ class LanguageModel:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.dtype = answer_in_float32(model)
+        known = inspect.signature(model.forward).parameters    # transformers before 5.24
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.embed = embeddings(model)                                       # (V, D)
         self.window = getattr(model.config, "max_position_embeddings", math.inf)
         self.bos = self.beginning()
@@ -192,8 +195,9 @@ class LanguageModel:
 
     def run(self, x, cache, keep=1):
         """Embeddings x (N, T, D) after a cache, which they join -> logits at `keep`."""
+        cache = {self.cache_name: cache}
         x = x.to(self.dtype)
-        return self.model(inputs_embeds=x, cache=cache, logits_to_keep=keep).logits
+        return self.model(inputs_embeds=x, logits_to_keep=keep, **cache).logits
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
