@@ -61,8 +61,8 @@ class LanguageModel:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.dtype = answer_in_float32(model)
-        known = inspect.signature(model.forward).parameters    # transformers before 5.24
-        self.cache_name = "cache" if "cache" in known else "past_key_values"
+        known = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"   # < 5.24
         self.embed = embeddings(model)                                       # (V, D)
         self.window = getattr(model.config, "max_position_embeddings", math.inf)
         self.bos = self.beginning()

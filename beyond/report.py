@@ -4,13 +4,18 @@
     python -m beyond.report figure4                   Figure 4
     python -m beyond.report table1 runs/NAME          a run of train.py --table 1
     python -m beyond.report rounds runs/NAME          the game, round by round
+    python -m beyond.report curve runs/NAME           validation accuracy by round
+    python -m beyond.report compare runs/NAME         accuracy against the worst gap
     python -m beyond.report lam runs/NAME             beyond.ablation --lam-curve
     python -m beyond.report budget runs/NAME          beyond.attacks --full
-    python -m beyond.report table runs/NAME           every number of a run, over seeds
+    python -m beyond.report table runs/NAME           every number of a run, over seeds;
+                                                      --out FILE.csv: as CSV
 
 A picture goes into the run's folder, or to --out; it needs matplotlib.
 """
 import argparse
+import csv
+import io
 import os
 import pathlib
 import re
@@ -238,6 +243,52 @@ def rounds(args, plt):
     return figure
 
 
+def curve(args, plt):
+    """Accuracy on validation rows after each round, a thin line a seed, thick: mean."""
+    import train
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    colours = iter(range(100))
+    for key, rows in rows_by_key(results_of(args.run)["rows"], train.MODELS).items():
+        curves = [[now["acc"] for now in row.get("history", ())] for row in rows]
+        if not all(curves):
+            continue
+        colour = f"C{next(colours)}"
+        for accuracies in [*curves, mean_of(curves)]:
+            mean = accuracies not in curves or len(curves) == 1
+            axes.plot(range(1, len(accuracies) + 1), accuracies, color=colour,
+                      lw=2.4 if mean else .6, alpha=1 if mean else .6,
+                      label=train.MODELS[key].title if mean else None)
+    drawn(axes, args)
+    axes.set(xlabel="round of the game", ylabel="accuracy, 100 validation rows")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def compare(args, plt):
+    """What each row of Table 3 trades: accuracy, and the worst gap, a dot a seed."""
+    import train
+    worst = {}
+    for row in results_of(args.run, "attacks.json")["rows"]:
+        worst[row["key"], row["seed"]] = row["worst"]
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for key, rows in rows_by_key(results_of(args.run)["rows"], train.MODELS).items():
+        some = [row for row in rows if (key, row["seed"]) in worst]
+        if some:
+            axes.plot([worst[key, row["seed"]] for row in some],
+                      [row["acc"] for row in some], "o", label=train.MODELS[key].title)
+    drawn(axes, args)
+    axes.set(xscale="log", xlabel="worst gap that an attack found",
+             ylabel="accuracy, balanced test rows")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def drawn(axes, args):
+    """InputError where there was nothing to draw."""
+    if not axes.lines:
+        raise InputError(f"{args.run} has no such row: there is nothing to draw.")
+
+
 def lam(args, plt):
     """The trade-off over lam."""
     results = results_of(args.run)
@@ -292,8 +343,10 @@ def budget(args, plt):
 
 def table(args, plt=None):
     """Every number of a run: mean and spread over seeds, then each seed's."""
-    groups = {}
-    for row in results_of(args.run)["rows"]:
+    groups, rows = {}, results_of(args.run)["rows"]
+    if args.out:
+        return write_csv(args, rows)
+    for row in rows:
         seen = groups.setdefault(row["key"], {})
         for name, value in [*numbers(row), *attacked(args.run, row)]:
             seen.setdefault(name, []).append(value)
@@ -305,6 +358,21 @@ def table(args, plt=None):
             mean = cell(mean_and_spread(values), len(values))
             each = " ".join(decimals(value, 4) for value in values)
             print(f"    {name:<28}{mean:<11}  {each}")
+
+
+def write_csv(args, rows):
+    """A line a model and seed, a column a number."""
+    lines, names = [], {"key": None, "seed": None}
+    for row in rows:
+        lines.append({"key": row["key"], "seed": row["seed"], **dict(numbers(row)),
+                      **dict(attacked(args.run, row))})
+        names.update(lines[-1])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    runs.write(args.out, text.getvalue())
+    print(f"written: {args.out}")
 
 
 def numbers(row):
@@ -327,14 +395,15 @@ def attacked(folder, row):
 
 
 WHAT = {"figure2": figure2, "figure4": figure4, "table1": table1, "rounds": rounds,
-        "lam": lam, "budget": budget, "table": table}
+        "curve": curve, "compare": compare, "lam": lam, "budget": budget,
+        "table": table}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("run", nargs="?", help="the folder of a finished run")
-    parser.add_argument("--out", metavar="FILE.png")
+    parser.add_argument("--out", metavar="FILE.png", help="table: FILE.csv")
     args = parser.parse_args(argv)
     if args.run is None and args.what not in ("figure2", "figure4"):
         raise InputError(f"{args.what} needs a run's folder, such as runs/default.")

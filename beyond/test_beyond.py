@@ -3,6 +3,7 @@
 Most tests call train.main in this process; what only a process of its own can show
 (signals, pipes, kills, several processes) is shown in one.
 """
+import csv
 import dataclasses
 import importlib.util
 import inspect
@@ -1158,6 +1159,11 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
                         ("without SWA, gap", row["without_swa"]["gap"])):
         each = report.decimals(value, 4)
         assert re.search(rf"^    {name} .* {re.escape(each)}$", ours, re.M), name
+    draw(monkeypatch, "table", full[0], "--out", "made.csv")
+    with open("made.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["key"] for line in lines] == list(train.MODELS)
+    assert float(lines[-1]["gap"]) == row["gap"] and lines[0]["without SWA, gap"] == ""
     with pytest.raises(InputError, match="needs a run"):
         draw(monkeypatch, "rounds")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -1165,7 +1171,9 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
     values = results["summary"]["robust"]
     results["summary"] = {"b = -1": values, "b = 1": values}
     runs.write_json("made/results.json", results)
-    for what in ("figure2", "table1", "rounds"):
+    worst = {"key": "robust", "seed": row["seed"], "worst": .1, "lowest_acc": .5}
+    runs.write_json("made/attacks.json", {"rows": [worst]})
+    for what in ("figure2", "table1", "rounds", "curve", "compare"):
         draw(monkeypatch, what, "made", "--out", f"{what}.png")
         assert pathlib.Path(f"{what}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot be drawn"):
