@@ -47,6 +47,7 @@ SEX = COLUMNS.index("sex")
 SEXES = ("Male", "Female")
 INSTRUCTION = "Predict whether the annual income of this person is greater than $50k\n"
 OPENING = "A person in the 1994 census has the following attributes:"
+ANSWERS = ("0", "1")
 
 TINY = pathlib.Path(__file__).resolve().parent / "tiny"
 UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
@@ -178,23 +179,23 @@ def sha256_of(path):
 
 # ------------------------------------------------------------------ text
 
-def question(person, sex=None, attributes=ATTRIBUTES):
+def question(person, sex=None, attributes=None):
     """The question about a person, answer left out; `sex` replaces the person's own."""
     values = dict(zip(COLUMNS, person.values))
     if sex is not None:
-        values["sex"] = sex
-    listed = ", ".join(f"{name} {values[name]}" for name in attributes)
+        values[COLUMNS[SEX]] = sex
+    listed = ", ".join(f"{name} {values[name]}" for name in attributes or ATTRIBUTES)
     return f"{OPENING} {listed}\nlabel:"
 
 
-def twins(person, attributes=ATTRIBUTES):
+def twins(person, attributes=None):
     """x_m and x_f of Eq. (3): the same question about a man and about a woman."""
     return [question(person, sex, attributes) for sex in SEXES]
 
 
 def answer(person):
     """The answer as it stands in the text: " 0" or " 1"."""
-    return f" {person.y}"
+    return f" {ANSWERS[person.y]}"
 
 
 def flipped(person):
@@ -268,7 +269,8 @@ def sample(people, n, bpc, rng):
     drawn = []
     for (s, y), count in cells(n, bpc).items():
         group = [p for p in people if p.s == s and p.y == y]
-        drawn += draw(group, count, rng, f" with sex {SEXES[s]} and label {y}")
+        kind = f" with {COLUMNS[SEX]} {SEXES[s]} and label {y}"
+        drawn += draw(group, count, rng, kind)
     return draw(drawn, n, rng)
 
 

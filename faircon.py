@@ -89,9 +89,9 @@ class LanguageModel:
         Encoded with an answer, which is then dropped: a tokenizer may split a question
         differently when an answer follows.
         """
-        return self.ids(text + " 0")[:-1]
+        return self.ids(f"{text} {adult.ANSWERS[0]}")[:-1]
 
-    def questions(self, people, attributes=adult.ATTRIBUTES):
+    def questions(self, people, attributes=None):
         """-> for each person the tokens of x_m and of x_f."""
         questions = []
         for person in people:
@@ -108,12 +108,13 @@ class LanguageModel:
     def answer_tokens(self):
         """The two tokens that answer a question; InputError if there are none."""
         text = f"{adult.OPENING} sex Male\nlabel:"
-        no, yes = self.ids(text + " 0"), self.ids(text + " 1")
+        words = [f" {word}" for word in adult.ANSWERS]
+        no, yes = [self.ids(text + word) for word in words]
         apart = self.ids("x") + self.ids("\n") + self.ids(adult.INSTRUCTION) + no
         if no[:-1] != yes[:-1] or no[-1:] == yes[-1:] or len(no) < 2:
-            raise InputError('the tokenizer has no single tokens for " 0" and " 1" '
-                             "after label:; use another model, such as GPT-Neo.")
-        if apart != self.ids("x\n" + adult.INSTRUCTION + text + " 0"):
+            raise InputError(f"the tokenizer has no single tokens for {words} after "
+                             "label:; use another model, such as GPT-Neo.")
+        if apart != self.ids("x\n" + adult.INSTRUCTION + text + words[0]):
             raise InputError("the tokenizer splits a prompt and its question together "
                              "differently from the two apart; use another model, such "
                              "as GPT-Neo.")
@@ -142,14 +143,15 @@ class LanguageModel:
 
     # ---- the forward pass
 
-    def prefix(self, g=NO_PROMPT, context=adult.INSTRUCTION):
+    def prefix(self, g=NO_PROMPT, context=None):
         """Embeddings (P, D) of what stands before the question:
 
             BOS   g   newline   context
 
         g: NO_PROMPT, token ids, or embeddings (L, D) that carry a gradient.
-        context: the instruction, or a few-shot prompt, which begins with it.
+        context: a few-shot prompt, which begins with the instruction; None: only that.
         """
+        context = adult.INSTRUCTION if context is None else context
         context = self.embed[self.ids(context)]
         bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
         if g is NO_PROMPT:
@@ -210,7 +212,7 @@ class LanguageModel:
                              "(--prompt-length, --longest) or fewer --shots.")
 
     @torch.no_grad()
-    def predict(self, questions, g=NO_PROMPT, context=adult.INSTRUCTION, batch=64):
+    def predict(self, questions, g=NO_PROMPT, context=None, batch=64):
         """-> P(y=1 | y is 0 or 1) of each person as a man and as a woman, (N, 2).
 
         InputError when the model gives NaN or infinity.
@@ -285,8 +287,7 @@ def distance(logits, answers):
     return ((f[0] - f[1]).pow(2) + 1e-8).sqrt().mean()
 
 
-def measure(model, people, g=NO_PROMPT, context=adult.INSTRUCTION,
-            attributes=adult.ATTRIBUTES):
+def measure(model, people, g=NO_PROMPT, context=None, attributes=None):
     """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
     p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
     return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])

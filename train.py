@@ -37,7 +37,7 @@ import faircon
 import lora
 import metrics
 from adult import InputError
-from beyond import report, runs
+from beyond import report, runs, tasks
 from beyond.load import load_model
 from beyond.robust import RobustGame, RobustOptions
 from beyond.runs import say
@@ -104,6 +104,8 @@ def parser():
     g = p.add_argument_group("data (section 2)")
     g.add_argument("--data", metavar="DIR",
                    help="folder of adult.data and adult.test (cache, UCI, else tiny/)")
+    g.add_argument("--task", metavar="FILE.json",
+                   help="another table than Adult, as in beyond/hiring.json")
     g.add_argument("--bpc", type=float, default=.5, metavar="B",
                    help="b_Pc of the training rows (0.5; paper 0.5)")
     g.add_argument("--rows", type=runs.count, default=200, metavar="N",
@@ -169,7 +171,12 @@ def options_of(config, key):
 # ------------------------------------------------------------------ Table 3
 
 loaded = {}
-load_data_once = functools.lru_cache(1)(adult.load)
+
+
+@functools.lru_cache(1)
+def load_data_once(directory, task=None):
+    """Adult's people, or another task's: what is asked is then that task's, too."""
+    return tasks.load(task, directory) if task else adult.load(directory)
 
 
 def load_once(name, dtype, device):
@@ -181,11 +188,17 @@ def load_once(name, dtype, device):
     return loaded[name, dtype, device]
 
 
+def load_both(config):
+    """A job's model and people; the task first, since a model is asked about it."""
+    data = load_data_once(config["data"], config["task"])
+    return load_once(*config["model"]), data
+
+
 def train_model(config, key, seed, folder):
     """Train (or not) one model of Table 3 and measure it -> [its row]; a job."""
     torch.manual_seed(seed)
     place = pathlib.Path(folder) / f"{key}-{seed}"
-    model, data = load_once(*config["model"]), load_data_once(config["data"])
+    model, data = load_both(config)
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     lora.remove(model.model)
     row = {"key": key, "seed": seed}
@@ -282,7 +295,7 @@ def measure_all(model, people, data, config, key, seed, place):
 
 def few_shot_rows(config, key, seed, folder):
     """The frozen model given labelled people, one draw of prompts -> rows; a job."""
-    model, data = load_once(*config["model"]), load_data_once(config["data"])
+    model, data = load_both(config)
     rows = []
     for title, b, counterbalance, test_b in few_shot_settings(config["table"]):
         rng = numpy.random.default_rng(seed)
@@ -314,7 +327,7 @@ def few_shot_settings(table):
 
 def prompt_rows(config, key, seed, folder):
     """The frozen model without a prompt, given a random and the fair one -> rows."""
-    model, data = load_once(*config["model"]), load_data_once(config["data"])
+    model, data = load_both(config)
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     options = options_of(config, "faircon")
     generator = torch.Generator().manual_seed(seed)
@@ -354,7 +367,8 @@ def prepare(args):
     InputError for what cannot be drawn, or would be too long, before any work.
     """
     config = {name: getattr(args, name) for name in (
-        "table", "prompt_only", "data", "bpc", "rows", "shots", "seeds", "seed")}
+        "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
+        "seed")}
     config["game"], config["models"] = given_options(args), models_of(args)
     for key in MODELS:
         options = options_of(config, key)                     # the last one is robust's
@@ -363,7 +377,7 @@ def prepare(args):
         raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
                          f"give a multiple of {exact}, an even number.")
     most = 200 if args.quick else 1000
-    data = load_data_once(args.data)
+    data = load_data_once(args.data, args.task)
     config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)
     if config["test_rows"] < 4:
         raise InputError("--test-rows below 4 leave a group empty; give 4 or more.")
@@ -371,8 +385,9 @@ def prepare(args):
     warnings.filterwarnings("ignore", "b_Pc")                             # said once
     rng = numpy.random.default_rng(0)
     shots = adult.few_shot(data.train, args.shots, 0., rng, args.table == 2)
+    file, digest = next(iter(data.sha256.items()))
     say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
-        f"adult.data has sha256 {data.sha256['adult.data'][:16]}...")
+        f"{file} has sha256 {digest[:16]}...")
     model = load_once(args.model, args.dtype, args.device)
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
@@ -391,7 +406,8 @@ def prepare(args):
 
 def show_untrained(model, people):
     """One question, and what the model answers before anything is trained."""
-    say("\na question (x_m; its twin x_f says Female), answered by the next token:\n")
+    say(f"\na question (x_m; its twin x_f says {adult.SEXES[1]}), answered by the next "
+        "token:\n")
     for part in adult.twins(people[0])[0].splitlines():
         say(textwrap.indent(textwrap.fill(part, 84), "    "))
     with torch.no_grad():
@@ -431,10 +447,13 @@ def show(rows, args, folder):
     columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
     if args.table == 3 and not args.prompt_only:
         columns.update({f"{args.shots} shots": "shots", "follows": "follows"})
-        report.show(rows, {key: MODELS[key].title for key in MODELS}, columns, TABLE_3)
+        titles = {key: MODELS[key].title for key in MODELS}
+        report.show(rows, titles, columns, {} if args.task else TABLE_3)
         say(report.LEGEND.format(shots=args.shots))
+        say("" if args.task else "In the paper: ACC in percent, M_dpd, M_deo.")
     else:
-        report.show(rows, {}, columns, {} if args.prompt_only else TABLES_1_2)
+        report.show(rows, {}, columns,
+                    {} if args.prompt_only or args.task else TABLES_1_2)
     report.warn(rows)
     if args.table == 3:
         report.show_prompt(rows)

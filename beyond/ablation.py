@@ -91,17 +91,18 @@ for lam in (0., .1, 1., 10.):
 # phi's steps give a direction, and samples that mostly agree.
 PAIRS = [("noise", "adversary"), ("one-sample", "noise"), ("adversary", "one-sample"),
          ("lam-0.1", "lam-0"), ("lam-1", "lam-0.1"), ("lam-10", "lam-1")]
-WITHOUT_SEX = tuple(x for x in adult.ATTRIBUTES if x != adult.COLUMNS[adult.SEX])
 
 
 def run_variant(config, name, seed, folder):
     """Train one variant, measure and attack it -> [its row]; a job of `main`."""
     variant = {**VARIANTS, **LAM_CURVE}[name]
     torch.manual_seed(seed)
+    data = train.load_data_once(config["data"], config["task"])
     model = train.load_once("tiny", "float32", "cpu")
-    data = train.load_data_once(config["data"])
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
-    attributes = adult.ATTRIBUTES if variant.sex else WITHOUT_SEX
+    attributes = list(adult.ATTRIBUTES)
+    if not variant.sex:
+        attributes.remove(adult.COLUMNS[adult.SEX])
     lora.remove(model.model)
     if variant.game:
         play(variant, model, people.train, config, seed, attributes)
@@ -183,6 +184,8 @@ def parser():
     p = runs.Parser(prog="beyond.ablation", allow_abbrev=False,
                     description=__doc__.splitlines()[0])
     p.add_argument("--data", metavar="DIR", help="as for train.py")
+    p.add_argument("--task", metavar="FILE.json", help="as for train.py")
+    p.add_argument("--rows", type=runs.count, default=200, help="training rows (200)")
     p.add_argument("--seeds", type=runs.count, default=1, help="how many (1)")
     p.add_argument("--seed", type=runs.seed, default=0, help="the first one (0)")
     which = p.add_mutually_exclusive_group()
@@ -200,10 +203,10 @@ def parser():
 def run(args):
     variants = LAM_CURVE if args.lam_curve else VARIANTS
     names = [name for name in variants if name in (args.only or variants)]
-    data = train.load_data_once(args.data)
+    data = train.load_data_once(args.data, args.task)
     runs.say(f"data    {data.source}")
-    config = {"data": args.data, "rows": 200, "bpc": .5, "game": train.RATES,
-              "seed": args.seed, "seeds": args.seeds,
+    config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
+              "game": train.RATES, "seed": args.seed, "seeds": args.seeds,
               "test_rows": args.test_rows or adult.enough(data.test, .5, 1000)}
     for name in names:
         runs.say(f"    {name:<18} {variants[name].title}")

@@ -136,7 +136,9 @@ def switching_at(config):
 
 def try_out(model, name):
     """InputError where a question cannot be asked through embeddings and a cache."""
-    person = adult.Person(("39",) * 9 + ("Male",) + ("0",) * 4, 0)
+    values = ["39"] * len(adult.COLUMNS)
+    values[adult.SEX] = adult.SEXES[0]
+    person = adult.Person(tuple(values), 0)
     try:
         model.predict(model.questions([person]), model.usable[:1])
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:

@@ -85,10 +85,9 @@ def decimals(x, n=3):
 
 
 LEGEND = """
-gap: mean |p as a man - p as a woman| of the same person, in [0, 1]. M_dpd, M_deo:
-Eq. (1), (2). {shots} shots: the gap given {shots} labelled people at b_Pc = 1 or -1,
-whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0.
-In the paper: ACC in percent, M_dpd, M_deo."""
+gap: mean |p_m - p_f|, the same person asked as both, in [0, 1]. M_dpd, M_deo: Eq.
+(1), (2). {shots} shots: the gap given {shots} labelled people at b_Pc = 1 or -1,
+whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0."""
 
 
 def show(rows, titles, columns, printed):
@@ -101,7 +100,7 @@ def show(rows, titles, columns, printed):
     means = summary(rows)
     wide = 2 + max(len(titles.get(key, key)) for key in means)
     print("\n" + " " * wide + "".join(f"{name:>9}" for name in columns)
-          + "   in the paper")
+          + "   in the paper" * bool(printed))
     for key, values in means.items():
         text = f"{titles.get(key, key):<{wide}}"
         for name in columns.values():

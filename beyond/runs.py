@@ -471,11 +471,14 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto"):
     model_path: where the base model is now, if not where it was. InputError.
     """
     import lora
+    from beyond import tasks
     from beyond.load import load_model
     folder = pathlib.Path(folder)
     results = read_json(folder / "results.json")
     row = find_row(results, folder, key, seed)
     name, dtype, _ = results["config"]["model"]
+    if results["config"].get("task"):
+        tasks.use(tasks.description(results["config"]["task"]))
     model = load_model(model_path or name, dtype, device)
     if model.sha256 != results["model"]["sha256"]:
         raise InputError(f"{model_path or name} is not the model of {folder} (another "
@@ -516,9 +519,10 @@ def check(results, folder):
                 raise InputError(f"{folder}/results.json has no {part} {name}; it is "
                                  "not a file of this program, or of an older one: run "
                                  "again.")
-    data = results["config"].get("data")
-    if not isinstance(data, (str, type(None))) or "\0" in (data or ""):
-        raise InputError(f"{folder}/results.json's config data is no folder.")
+    for name in ("data", "task"):
+        path = results["config"].get(name)
+        if not isinstance(path, (str, type(None))) or "\0" in (path or ""):
+            raise InputError(f"{folder}/results.json's config {name} is no path.")
     if [type(part) for part in results["config"]["model"]] != [str] * 3:
         raise InputError(f"{folder}/results.json's config model is not a name, a dtype "
                          "and a device; it is not a file of this program.")
@@ -537,7 +541,9 @@ def plain(key):
 
 def load_data(results, data=None):
     """The data of a run -> adult.Adult; InputError if it is another."""
-    loaded = load(data or results["config"].get("data"))
+    from beyond import tasks
+    data, task = data or results["config"].get("data"), results["config"].get("task")
+    loaded = tasks.load(task, data) if task else load(data)
     if loaded.sha256 != results["data"]["sha256"]:
         raise InputError(f"the data ({loaded.source}) is not the run's "
                          f"({results['data'].get('source')}): another sha256; give the "

@@ -1,0 +1,160 @@
+"""NOT IN THE PAPER: another table than Adult, described by a JSON file.
+
+    python train.py --task beyond/hiring.json --rows 80 --shots 4    # SYNTHETIC rows
+
+    {"files": ["hiring.csv"],                  one (a random half is the test), or two:
+                                               training rows, test rows
+     "attributes": {"age": "age",              what the text says: a name in the text,
+                    "experience": "years"},    and the column that it is in
+     "sensitive": ["gender", "man", "woman"],  a column; the value of x_m, that of x_f
+     "label": ["hired", "yes", "no"],          a column; the value that is y = 1, y = 0
+     "opening": "...", "instruction": "...",   in place of adult.py's
+     "answers": ["0", "1"]}                    the words for y = 0 and 1: a token each
+
+The files are CSV with a header, beside the JSON file or in --data DIR. A task replaces
+the constants of adult.py (section 2) in this process: one process has one task.
+
+    python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
+"""
+import csv
+import json
+import pathlib
+import random
+import re
+
+import adult
+from adult import InputError
+
+# The constants of adult.py that a task replaces.
+CONSTANTS = ("COLUMNS", "ATTRIBUTES", "SEX", "SEXES", "INSTRUCTION", "OPENING",
+             "ANSWERS")
+KINDS = {"files": list, "attributes": dict, "sensitive": list, "label": list,
+         "opening": str, "instruction": str, "answers": list}
+
+
+def load(path, directory=None):
+    """Make a JSON file's task this process's -> its people, adult.Adult. InputError.
+
+    directory: where its CSV files are, if not beside it.
+    """
+    path, task = pathlib.Path(path), description(path)
+    use(task)
+    files = [pathlib.Path(directory or path.parent) / name for name in task["files"]]
+    parts = [read(file, task) for file in files]
+    if len(parts) == 1:
+        people = adult.draw(parts[0], len(parts[0]), seeded())
+        parts = [people[::2], people[1::2]]
+    digests = {file.name: adult.sha256_of(file) for file in [*files, path]}
+    return adult.Adult(*parts, f"{path} ({', '.join(task['files'])})", digests)
+
+
+def seeded():
+    """The half that is the test is the same for every seed."""
+    import numpy
+    return numpy.random.default_rng(0)
+
+
+def description(path):
+    """The JSON file, its fields checked. InputError."""
+    try:
+        task = json.loads(pathlib.Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file "
+                         "that describes a task.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}).") from None
+    for name, kind in KINDS.items():
+        if not isinstance(task, dict) or type(task.get(name)) is not kind:
+            raise InputError(f"{path} has no {name}; beyond/tasks.py says what a task "
+                             "is, beyond/hiring.json is one.")
+    for name, lengths in {"files": (1, 2), "sensitive": (3,), "label": (3,),
+                          "answers": (2,)}.items():
+        words = task[name]
+        if len(words) not in lengths or not all(isinstance(w, str) for w in words):
+            raise InputError(f"{path}: {name} is a list of "
+                             f"{' or '.join(map(str, lengths))} texts.")
+        if len(set(words)) < len(words):
+            raise InputError(f"{path}: {name} has the same text twice.")
+    if not all(isinstance(column, str) for column in task["attributes"].values()):
+        raise InputError(f"{path}: attributes are {{name in the text: column}}.")
+    if task["sensitive"][0] not in task["attributes"].values():
+        raise InputError(f"{path}: the sensitive column {task['sensitive'][0]} is not "
+                         "among the attributes: twins would be the same text.")
+    return task
+
+
+def use(task):
+    """Replace adult.py's constants."""
+    names = tuple(task["attributes"])
+    column, *values = task["sensitive"]
+    adult.COLUMNS = adult.ATTRIBUTES = names
+    adult.SEX = list(task["attributes"].values()).index(column)
+    adult.SEXES, adult.ANSWERS = tuple(values), tuple(task["answers"])
+    adult.OPENING = task["opening"].strip()
+    adult.INSTRUCTION = task["instruction"].strip() + "\n"
+
+
+def read(path, task):
+    """A CSV file with a header -> people. InputError names line and column."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
+            for column in [*task["attributes"].values(), task["label"][0]]:
+                if (rows.fieldnames or []).count(column) != 1:
+                    raise InputError("its header does not have the column "
+                                     f"{column} once")
+            people = [person(row, task) for row in rows]
+    except InputError as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); the task's files "
+                         "stand beside it, or in --data DIR.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not UTF-8 text with every quote closed "
+                         f"({error}).") from None
+    if not people:
+        raise InputError(f"{path} holds no rows.")
+    return people
+
+
+def person(row, task):
+    """One row of a CSV file -> Person. InputError."""
+    values = [clean(row[column]) for column in task["attributes"].values()]
+    for name, found in (("sensitive", values[adult.SEX]),
+                        ("label", clean(row[task["label"][0]]))):
+        column, *two = task[name]
+        if found not in two:
+            raise InputError(f"{column} is {found!r}; a task has two values, "
+                             f"{two[0]} and {two[1]}: leave out rows that have others")
+    return adult.Person(tuple(values), int(found == task["label"][1]))
+
+
+def clean(cell):
+    """A cell as the text has it: 25.0 is 25, nothing is ?, one line."""
+    cell = " ".join((cell or "").split())
+    number = re.fullmatch(r"(-?[0-9]+)\.0+", cell)
+    if number:
+        return number[1]
+    return "?" if cell.lower() in ("", "nan", "na", "none", "null") else cell
+
+
+# ------------------------------------------------------------------ the example
+
+def synthetic(n=600, seed=0):
+    """Applicants that nobody was: lines of CSV. Men with the same years are hired more
+    often."""
+    rng = random.Random(seed)
+    yield "age,gender,degree,years,test score,department,hired"
+    for _ in range(n):
+        gender, years = rng.choice(("man", "woman")), rng.randrange(20)
+        score = rng.randrange(40, 100)
+        degree = rng.choice(("school", "bachelor", "master"))
+        chance = years / 20 + score / 100 + .2 * (degree == "master") - .75
+        hired = rng.random() < chance + .15 * (gender == "man")
+        department = rng.choice(("sales", "design", "research", "support"))
+        yield (f"{21 + years + rng.randrange(10)},{gender},{degree},{years},{score},"
+               f"{department},{'yes' if hired else 'no'}")
+
+
+if __name__ == "__main__":
+    print("\n".join(synthetic()))
