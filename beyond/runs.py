@@ -9,7 +9,8 @@
 Every file is written to a temporary name and renamed. The folder is the state of the
 run: what is in it is not computed again, and nothing that was computed is lost.
 
-    python -m beyond.runs runs/NAME     # measure a finished run's models again
+    python -m beyond.runs runs/NAME             # measure a finished run's models again
+    python -m beyond.runs predict runs/NAME people.csv      # ask one about other people
 """
 import argparse
 import concurrent.futures
@@ -28,7 +29,7 @@ import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from adult import InputError, load, split
+from adult import COLUMNS, InputError, load, split
 
 FORMAT = 3                    # raised when a run of before could not be gone on with
 SHOWN = ("acc", "dpd", "deo", "gap", "flip")
@@ -183,10 +184,11 @@ def read_json(path, kind=dict):
 
 
 def write_people(path, people, p):
-    """What was answered about each person: s, y, p_m and p_f (N, 2)."""
+    """What was answered about each person: s, y (or nothing), p_m and p_f (N, 2)."""
     lines = ["s,y,p_m,p_f"]
     for person, (p_m, p_f) in zip(people, p):
-        lines.append(f"{person.s},{person.y},{p_m:.9g},{p_f:.9g}")
+        y = "" if person.y is None else person.y
+        lines.append(f"{person.s},{y},{p_m:.9g},{p_f:.9g}")
     write(path, "\n".join(lines) + "\n")
 
 
@@ -551,19 +553,34 @@ def load_data(results, data=None):
     return loaded
 
 
+def read_results(folder):
+    """The results of a run of Table 3, checked. InputError."""
+    results = read_json(pathlib.Path(folder) / "results.json")
+    check(results, folder)
+    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
+        raise InputError(f"{folder} holds no models; give a run of Table 3.")
+    return results
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["predict"]:
+        predict(argv[1:])
+    else:
+        measure_again(argv)
+
+
+def measure_again(argv):
     parser = Parser(prog="beyond.runs", description="Measure the models of a finished "
-                    "run again, on its own test rows.")
+                    "run again, on its own test rows. (`predict --help`: ask one about "
+                    "other people.)")
     parser.add_argument("run", help="the run's folder, such as runs/default")
     parser.add_argument("--data", metavar="DIR", help="where its data is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     import train
-    results = read_json(pathlib.Path(args.run) / "results.json")
-    check(results, args.run)
-    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
-        raise InputError(f"{args.run} holds no models; give a run of Table 3.")
+    results = read_results(args.run)
     data, config, different = load_data(results, args.data), results["config"], 0
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
           + "   largest change")
@@ -586,6 +603,45 @@ def main(argv=None):
                          "another machine or library, if the changes are small.")
     print("every saved number of every model came out again, exactly (no prompt; "
           "`python -m beyond.attacks` repeats attacks)")
+
+
+def predict(argv):
+    """Ask a finished run's model about the people of a CSV file."""
+    parser = Parser(prog="beyond.runs predict", description="Ask a model of a finished "
+                    "run about the people of a CSV file, each as a man and as a woman: "
+                    "P(over $50k). Their labels need not be known.")
+    parser.add_argument("run", help="the run's folder, such as runs/default")
+    parser.add_argument("people", help="Adult's columns: see beyond/people.py")
+    parser.add_argument("--key", default="robust", help="a model of Table 3 (robust)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="(the run's first)")
+    parser.add_argument("--model", metavar="DIR", help="where its base model is now")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", metavar="FILE", type=pathlib.Path,
+                        help="all answers (runs/NAME/MODEL-SEED/PEOPLE-answers.csv)")
+    args = parser.parse_args(argv)
+    import train
+    from beyond.people import read
+    people = read(args.people, labelled=False)
+    read_results(args.run)
+    model, row, _ = load_run(args.run, args.key, args.seed, args.model, args.device)
+    place = pathlib.Path(args.run) / f"{args.key}-{row['seed']}"
+    out = args.out or place / f"{pathlib.Path(args.people).stem}-answers.csv"
+    if out.resolve() == pathlib.Path(args.people).resolve():
+        raise InputError(f"{out} holds the people; give another --out.")
+    p = train.answers_of(model, args.key, people)                        # (N, 2)
+    try:
+        write_people(out.resolve(), people, p)           # a link's file, not the link
+    except (OSError, ValueError) as error:               # ValueError: / has no name
+        why = getattr(error, "strerror", error)
+        raise InputError(f"{out} cannot be written ({why}); give another "
+                         "--out.") from None
+    print(" row  as man  as woman   who")
+    for i, (person, (p_m, p_f)) in enumerate(zip(people[:20], p), 1):
+        who = dict(zip(COLUMNS, person.values))
+        print(f"{i:>4}  {p_m:6.3f}    {p_f:6.3f}   {who['sex']}, {who['age']}, "
+              f"{who['education']}, {who['occupation']}")
+    print(f"P(over $50k) by {args.key}, seed {row['seed']}; all {len(people)} are in "
+          f"{out}")
 
 
 if __name__ == "__main__":

@@ -377,6 +377,71 @@ def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
         runs.main(["elsewhere", "--data", "data"])
 
 
+def ask_about(some):
+    """mine.csv in the current folder: a header, an index, and labels for women only."""
+    lines = [",".join(["", *adult.FORMAT])]
+    for i, person in enumerate(some):
+        lines.append(",".join([str(i), *person.values, str(person.y) * person.s]))
+    runs.write("mine.csv", "\n".join(lines))
+
+
+@pytest.mark.parametrize("key", ["robust", "fine-tuned", "averaged"])
+def test_a_finished_run_is_asked_about_other_people(key, full, here, capsys):
+    some = adult.load("data").train[:25]
+    ask_about(some)
+    shutil.copytree(full[0], "theirs")
+    runs.main(["predict", "theirs", "mine.csv", "--key", key, "--seed", "3"])
+    shown = capsys.readouterr().out.splitlines()
+    model, _, _ = runs.load_run(full[0], key)
+    p = train.answers_of(model, key, some)
+    answers = pathlib.Path(f"theirs/{key}-3/mine-answers.csv").read_text()
+    header, *lines = answers.split()
+    assert header == "s,y,p_m,p_f" and len(lines) == 25
+    for i, (person, line) in enumerate(zip(some, lines)):
+        s, y, *answered = line.split(",")
+        assert (s, y) == (str(person.s), str(person.y) * person.s)
+        assert numpy.allclose([float(x) for x in answered], p[i])
+        if i < 20:
+            number, p_m, p_f, *who = shown[1 + i].split()
+            assert int(number) == i + 1 and who[0].strip(",") == adult.SEXES[person.s]
+            assert numpy.allclose([float(p_m), float(p_f)], p[i], atol=6e-4)
+            assert who[1].strip(",") == person.values[0]
+    assert len(shown) == 22 and f"{key}, seed 3; all 25" in shown[-1]
+
+
+@pytest.mark.parametrize("words, match", {
+    "RUN nothing.csv": "nothing.csv cannot be read as .*No such file",
+    "RUN wrong.csv": "wrong.csv, line 27: age cannot be 'x'",
+    "nowhere mine.csv": "nowhere/results.json cannot be read",
+    "RUN mine.csv --key nobody": "holds no nobody; it holds always-0, not-trained",
+    "RUN mine.csv --seed 5": "holds no robust of seed 5",
+    "RUN mine.csv --seed x": "invalid seed", "RUN": "required: people", "": "required",
+    "RUN mine.csv --device tpu": "--device tpu is not available",
+    "RUN mine.csv --model data": "not a model directory",
+    "RUN mine.csv --out ./mine.csv": "mine.csv holds the people; give another --out",
+    "RUN mine.csv --out data": "data cannot be written",
+    "RUN mine.csv --out .": "cannot be written", "RUN mine.csv --out /": "/ cannot be",
+    "RUN mine.csv --out mine.csv/x": "mine.csv/x cannot be written",
+    "table1 mine.csv --key always-0": "table1 holds no models",
+}.items())
+def test_asking_wrongly_is_one_sentence_and_no_file(words, match, full, here, capfd):
+    ask_about(adult.load("data").train[:25])
+    text = pathlib.Path("mine.csv").read_text()
+    runs.write("wrong.csv", text + "\n" + ",".join(["1", "x"] + ["?"] * 14))
+    results = results_of(full[0])
+    results["config"]["table"] = 1
+    runs.write_json("table1/results.json", results)
+    before = set(here.rglob("*")) | set(full[0].rglob("*"))
+    with pytest.raises(SystemExit) as stopped, runs.one_sentence("beyond.runs"):
+        runs.main(["predict", *words.replace("RUN", str(full[0])).split()])
+    err = capfd.readouterr().err.strip()
+    message = stopped.value.code if isinstance(stopped.value.code, str) else err
+    assert stopped.value.code != 0 and re.match(r"beyond.runs( predict)?: ", message)
+    assert "\n" not in message and re.search(match, message), message
+    assert set(here.rglob("*")) | set(full[0].rglob("*")) == before
+    assert pathlib.Path("mine.csv").read_text() == text and os.path.isdir("data")
+
+
 # ------------------------------------------------------------------ other tables
 
 # Title: b_Pc of the shots, counterbalanced, b_Pc of the test rows, the paper's figures.
