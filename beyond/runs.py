@@ -29,7 +29,8 @@ import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from adult import COLUMNS, InputError, load, split
+import adult
+from adult import InputError, load, split
 
 FORMAT = 3                    # raised when a run of before could not be gone on with
 SHOWN = ("acc", "dpd", "deo", "gap", "flip")
@@ -605,11 +606,22 @@ def measure_again(argv):
           "`python -m beyond.attacks` repeats attacks)")
 
 
+def people_of(results, path):
+    """A CSV file of the columns that a run's task has; labels need not be known."""
+    from beyond import people, tasks
+    task = results["config"].get("task")
+    if not task:
+        return people.read(path, labelled=False)
+    task = tasks.description(task)
+    tasks.use(task)
+    return tasks.read(pathlib.Path(path), task, labelled=False)
+
+
 def predict(argv):
     """Ask a finished run's model about the people of a CSV file."""
     parser = Parser(prog="beyond.runs predict", description="Ask a model of a finished "
-                    "run about the people of a CSV file, each as a man and as a woman: "
-                    "P(over $50k). Their labels need not be known.")
+                    "run about the people of a CSV file, each as a man and as a woman "
+                    "(p_m, p_f). Their labels need not be known.")
     parser.add_argument("run", help="the run's folder, such as runs/default")
     parser.add_argument("people", help="Adult's columns: see beyond/people.py")
     parser.add_argument("--key", default="robust", help="a model of Table 3 (robust)")
@@ -620,9 +632,7 @@ def predict(argv):
                         help="all answers (runs/NAME/MODEL-SEED/PEOPLE-answers.csv)")
     args = parser.parse_args(argv)
     import train
-    from beyond.people import read
-    people = read(args.people, labelled=False)
-    read_results(args.run)
+    people = people_of(read_results(args.run), args.people)
     model, row, _ = load_run(args.run, args.key, args.seed, args.model, args.device)
     place = pathlib.Path(args.run) / f"{args.key}-{row['seed']}"
     out = args.out or place / f"{pathlib.Path(args.people).stem}-answers.csv"
@@ -635,12 +645,14 @@ def predict(argv):
         why = getattr(error, "strerror", error)
         raise InputError(f"{out} cannot be written ({why}); give another "
                          "--out.") from None
-    print(" row  as man  as woman   who")
+    print(" row     p_m       p_f   who")
     for i, (person, (p_m, p_f)) in enumerate(zip(people[:20], p), 1):
-        who = dict(zip(COLUMNS, person.values))
-        print(f"{i:>4}  {p_m:6.3f}    {p_f:6.3f}   {who['sex']}, {who['age']}, "
-              f"{who['education']}, {who['occupation']}")
-    print(f"P(over $50k) by {args.key}, seed {row['seed']}; all {len(people)} are in "
+        known = dict(zip(adult.COLUMNS, person.values))
+        first = adult.COLUMNS[adult.SEX]
+        others = [known[name] for name in adult.ATTRIBUTES if name != first]
+        who = ", ".join([known[first], *others])
+        print(f"{i:>4}  {p_m:6.3f}    {p_f:6.3f}   {who:.60}")
+    print(f"P(y = 1) by {args.key}, seed {row['seed']}; all {len(people)} are in "
           f"{out}")
 
 

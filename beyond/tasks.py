@@ -94,16 +94,20 @@ def use(task):
     adult.INSTRUCTION = task["instruction"].strip() + "\n"
 
 
-def read(path, task):
-    """A CSV file with a header -> people. InputError names line and column."""
+def read(path, task, labelled=True):
+    """A CSV file with a header -> people. InputError names line and column.
+
+    labelled False: the label's column may be missing or empty; y is None then.
+    """
+    columns = list(task["attributes"].values())
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            for column in [*task["attributes"].values(), task["label"][0]]:
+            for column in columns + [task["label"][0]] * labelled:
                 if (rows.fieldnames or []).count(column) != 1:
                     raise InputError("its header does not have the column "
                                      f"{column} once")
-            people = [person(row, task) for row in rows]
+            people = [person(row, task, labelled) for row in rows]
     except InputError as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}.") from None
     except OSError as error:
@@ -117,16 +121,17 @@ def read(path, task):
     return people
 
 
-def person(row, task):
+def person(row, task, labelled):
     """One row of a CSV file -> Person. InputError."""
     values = [clean(row[column]) for column in task["attributes"].values()]
-    for name, found in (("sensitive", values[adult.SEX]),
-                        ("label", clean(row[task["label"][0]]))):
+    label = clean(row.get(task["label"][0]))
+    for name, found in (("sensitive", values[adult.SEX]), ("label", label)):
         column, *two = task[name]
-        if found not in two:
+        if found not in two and (labelled or found != "?"):
             raise InputError(f"{column} is {found!r}; a task has two values, "
                              f"{two[0]} and {two[1]}: leave out rows that have others")
-    return adult.Person(tuple(values), int(found == task["label"][1]))
+    y = None if label == "?" else int(label == task["label"][1])
+    return adult.Person(tuple(values), y)
 
 
 def clean(cell):

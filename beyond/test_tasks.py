@@ -109,7 +109,8 @@ def test_a_broken_task_is_one_sentence(says, hiring):
     assert not pathlib.Path("runs").exists()
 
 
-def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatch):
+def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatch,
+                                                              capsys):
     """Each begins as a process does, with Adult; the run is measured again exactly."""
     task = write_task(hiring)
     small = ["--rows", "24", "--test-rows", "16"]
@@ -121,6 +122,14 @@ def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatc
     for name in tasks.CONSTANTS:                           # as a process that begins
         monkeypatch.setattr(adult, name, ADULT[name])
     runs.main(["runs/hire"])
+    for name in tasks.CONSTANTS:
+        monkeypatch.setattr(adult, name, ADULT[name])
+    pathlib.Path("new.csv").write_text(
+        "degree,gender,years,test score,department,age\nmaster,woman,3,90,sales,31\n")
+    runs.main(["predict", "runs/hire", "new.csv", "--out", "answers.csv"])
+    asked = pathlib.Path("answers.csv").read_text().splitlines()
+    assert len(asked) == 2 and asked[1].startswith("1,,"), "a woman, no label"
+    assert "woman, 31, master, 3, 90, sales" in capsys.readouterr().out
     for name in tasks.CONSTANTS:
         monkeypatch.setattr(adult, name, ADULT[name])
     few = {"lengths": (4,), "people": (2,), "most": 2, "chosen_on": 4, "test_rows": 8,
