@@ -23,6 +23,8 @@ from torch import nn
 from adult import InputError
 
 TARGETS = ("q_proj", "v_proj")
+# What q, k and v are called where they are one matrix, as in GPT-2, GPT-NeoX, Phi-3.
+FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 
 
 class LoRALinear(nn.Module):
@@ -76,14 +78,19 @@ def projections(model):
         for name, child in parent.named_children():
             if name in TARGETS and isinstance(child, nn.Linear):
                 found.append((parent, name))
-    layers = getattr(model.config, "num_hidden_layers", 0)
+    layers, kind = getattr(model.config, "num_hidden_layers", 0), type(model).__name__
+    for path, _ in model.named_modules():
+        if path.split(".")[-1] in FUSED:
+            raise InputError(f"in {kind} q and v are one matrix, {path}, and LoRA here "
+                             "is beside each of the two; use a model with q_proj and "
+                             "v_proj, such as GPT-Neo or Llama.")
     for name in TARGETS:
         count = sum(name == other for _, other in found)
         if count != layers or count == 0:
             raise InputError(
-                f"{type(model).__name__} has {count} linear {name} where LoRA needs "
-                f"one in each of its {layers} layers; use a model with q_proj and "
-                "v_proj, such as GPT-Neo or Llama.")
+                f"{kind} has {count} linear {name} where LoRA needs one in each of its "
+                f"{layers} layers; use a model with q_proj and v_proj, such as GPT-Neo "
+                "or Llama.")
     return found
 
 

@@ -1,6 +1,7 @@
 """NOT IN THE PAPER: what the game costs, in texts a second, FLOP and GB.
 
     text             one person as one sex, forward and backward
+    sdpa             faircon with torch's fused attention in the place of "eager"
     straight         the straightforward way, for comparison: one person at a time, both
                      whole texts, prompt and all, logits at every position
     matrix rate      GFLOP/s of a 1024 x 1024 matrix product: what the hardware gives
@@ -79,6 +80,8 @@ def cost_of_steps(config, key, seed, folder=None, seconds=5.):
     model = load_model(*config["model"])
     if way == "straight":
         model.__class__ = Straight
+    if way == "sdpa":
+        model.model.set_attn_implementation("sdpa")
     data = adult.load(config["data"])
     people = adult.sample(data.train, 4 * batch_size, None, numpy.random.default_rng(0))
     options = Options(batch_size=batch_size, prompt_length=length, dropout=0.)
@@ -142,7 +145,10 @@ def main(argv=None):
           "\n\nway        batch  prompt   phi texts/s   theta texts/s   of matrix rate"
           "   peak GB")
     B, L = args.batch_size, args.prompt_length
-    for way, size in (("straight", 1), ("faircon", 1), ("faircon", B)):
+    ways = [("straight", 1), ("faircon", 1), ("faircon", B)]
+    if args.model != "tiny":                                # GPT-Neo has none
+        ways.append(("sdpa", B))
+    for way, size in ways:
         c = alone(cost_of_steps, config, (way, size, L))
         print(f"{way:<10} {size:>5} {L:>7} {c['phi']:13.2f} {c['theta']:15.2f} "
               f"{c['share']:14.0f} % {c['gb']:9.2f}", flush=True)

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import adult
+import lora
 from adult import InputError
 from faircon import LanguageModel
 
@@ -70,6 +71,7 @@ def load_model(name, dtype="auto", device="auto"):
     # The network's config: building it completes what an older config.json lacks.
     model.window = min(model.window, switching_at(network.config))
     try_out(model, name)
+    lora.projections(network)                        # InputError before any other work
     threads = torch.get_num_threads()
     model.small, model.computed_in = small, dtype
     model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"))
@@ -198,7 +200,7 @@ def attention(device):
     """Transformers' "eager" on a CPU; None is its own choice.
 
     In bf16 the backward pass of torch's fused one makes a step half as long again
-    there (python -m beyond.cost --attention); in float32 they are alike.
+    there (python -m beyond.cost --model smollm2); in float32 they are alike.
     """
     return "eager" if device == "cpu" else None
 

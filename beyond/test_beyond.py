@@ -1108,14 +1108,16 @@ def test_another_family_is_trained_by_the_command_and_read_by_peft(here):
 
 
 @pytest.mark.parametrize("kind, more, match", [
-    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "q_proj"),
+    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4},
+     "q and v are one matrix, transformer.h.0.attn.c_attn"),
+    ("GPTNeoXForCausalLM", {}, "query_key_value"), ("Phi3ForCausalLM", {}, "qkv_proj"),
     ("MambaForCausalLM", {"state_size": 4}, "cannot be read"),
     ("T5ForConditionalGeneration",
      {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
      "encoder-decoder")])
 def test_what_cannot_be_trained_is_refused(kind, more, match, tmp_path):
     with pytest.raises(InputError, match=match):
-        lora.inject(load.load_model(random_model(kind, tmp_path, **more)).model)
+        load.load_model(random_model(kind, tmp_path, **more))
 
 
 @pytest.mark.parametrize("key", ["fine-tuned", "robust"])
