@@ -468,10 +468,12 @@ def cores():
 
 # ------------------------------------------------------------------ a finished run
 
-def load_run(folder, key="robust", seed=None, model_path=None, device="auto"):
+def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
+             dtype=None):
     """A model of a finished run, adapter merged -> (LanguageModel, its row, the run).
 
-    model_path: where the base model is now, if not where it was. InputError.
+    model_path: where the base model is now, if not where it was. dtype: another than
+    the run's. InputError.
     """
     import lora
     from beyond import tasks
@@ -479,10 +481,10 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto"):
     folder = pathlib.Path(folder)
     results = read_json(folder / "results.json")
     row = find_row(results, folder, key, seed)
-    name, dtype, _ = results["config"]["model"]
+    name, trained_in, _ = results["config"]["model"]
     if results["config"].get("task"):
         tasks.use(tasks.description(results["config"]["task"]))
-    model = load_model(model_path or name, dtype, device)
+    model = load_model(model_path or name, dtype or trained_in, device)
     if model.sha256 != results["model"]["sha256"]:
         raise InputError(f"{model_path or name} is not the model of {folder} (another "
                          "sha256); give the one it was made with.")
@@ -579,10 +581,14 @@ def measure_again(argv):
     parser.add_argument("--data", metavar="DIR", help="where its data is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="measure in another one than the run's, and print means")
     args = parser.parse_args(argv)
     import train
+    from beyond import report
     results = read_results(args.run)
     data, config, different = load_data(results, args.data), results["config"], 0
+    rows = []
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
           + "   largest change")
     for saved in results["rows"]:
@@ -591,14 +597,21 @@ def measure_again(argv):
             if not isinstance(saved.get(name), float):
                 raise InputError(f"{args.run}/results.json has no number {name} of "
                                  f"{key}; it is not a file of this program.")
-        model, row, _ = load_run(args.run, key, seed, args.model, args.device)
+        model, row, _ = load_run(args.run, key, seed, args.model, args.device,
+                                 args.dtype)
         people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
         again = train.evaluate(train.answers_of(model, key, people.test), people.test)
+        rows.append({"key": key, **again})
         changes = [abs(again[name] - row[name]) for name in SHOWN]
         different += max(changes) != 0
         print(f"{key:<16} {seed:<6} "
               + "  ".join(f"{again[name]:9.4f}" for name in SHOWN)
-              + f"   {max(changes):.1e}")
+              + f"   {max(changes):.1e}", flush=True)
+    if args.dtype:
+        for key, means in report.summary(rows).items():
+            cells = [report.cell(means[name], 2) for name in SHOWN]
+            print(f"{key:<16} mean   " + "  ".join(f"{cell:>9}" for cell in cells))
+        return
     if different:
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")

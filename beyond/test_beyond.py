@@ -1155,7 +1155,7 @@ def test_a_context_ends_where_rotary_scaling_switches(kind, window, tmp_path):
 
 
 def test_auto_is_resolved_once_and_the_hash_is_of_the_file(full, here, own_copy,
-                                                           monkeypatch):
+                                                           monkeypatch, capsys):
     """A run in bf16 is measured in bf16 where "auto" means another dtype."""
     choose = load.choose_dtype
     assert choose("auto", "cpu", True)[0] == "float32"
@@ -1166,6 +1166,11 @@ def test_auto_is_resolved_once_and_the_hash_is_of_the_file(full, here, own_copy,
                              "--name", "bf16"])
     monkeypatch.setattr(load, "choose_dtype", choose)
     runs.main(["runs/bf16"])                     # raises if a number is another
+    runs.main(["runs/bf16", "--dtype", "float32"])
+    measured, mean = capsys.readouterr().out.splitlines()[-2:]
+    assert mean.split()[:2] == ["fine-tuned", "mean"]
+    assert float(measured.split()[5]) == pytest.approx(results["rows"][0]["gap"], .1)
+    assert not measured.endswith("0.0e+00"), "another dtype, other digits"
     model, _, _ = runs.load_run("runs/bf16", "fine-tuned")
     assert model.computed_in == "bfloat16" and model.dtype == torch.bfloat16
     assert results["model"]["sha256"] == results_of(full[0])["model"]["sha256"]
