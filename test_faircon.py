@@ -1328,6 +1328,16 @@ def test_try_short_prompts_in_the_robust_game(tried):
     assert robust > .7 * paper, "20 tokens hardly protect from whole rows"
 
 
+def test_try_smaller_groups_of_weights(tried):
+    suggestion = "group=8 in `lesson`"
+    before = tried("beyond/quantise.py", suggestion, "bits, group=32)\n        error",
+                   "bits, group=32)\n        error")
+    after = tried("beyond/quantise.py", suggestion, "bits, group=32)\n        error",
+                  "bits, group=8)\n        error")
+    for old, new in zip(before, after):
+        assert numpy.mean(new[4:]) < .8 * numpy.mean(old[4:]), "a scale fits 8 better"
+
+
 # ------------------------------------------------------------------ the house
 
 def lessons():

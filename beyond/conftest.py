@@ -12,7 +12,8 @@ import pytest
 import adult
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics", "beyond.robust")
+LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics", "beyond.robust",
+           "beyond.quantise")
 # 16 rows and 4 shots: their b_Pc is exact. 3 rounds: SWA averages the last.
 SMALL = ("--data", "data", "--rows", "16", "--test-rows", "16", "--shots", "4",
          "--seed", "3", "--rounds", "3", "--lam", "0.5", "--prompt-length", "12",

