@@ -399,7 +399,9 @@ def prepare(args):
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}")
-    longest = model.usable[:1] * max(options.longest, options.prompt_length)
+    robust = any(MODELS[key].game is RobustGame for key in config["models"])
+    longest = max(options.prompt_length, options.longest * robust)
+    longest = model.usable[:1] * longest
     for prefix in (model.prefix(context=shots), model.prefix(longest)):
         model.check_length(len(prefix), model.questions(people.test[:20]))
     show_untrained(model, people.validation)
@@ -481,6 +483,8 @@ def main(argv=None):
                              "other; give one.")
         if args.models and (args.table != 3 or args.prompt_only):
             raise InputError("--models are Table 3's; leave it out here.")
+        if args.table != 3 and given_options(args) != RATES:
+            raise InputError("Tables 1 and 2 train nothing: no flags of the game.")
         other = f"table{args.table}" if args.table != 3 else "default"
         args.name = args.name or (kinds[0] if kinds else other)
         run(args)
