@@ -224,7 +224,9 @@ def base_rates(people):
 
 
 def cells(n, bpc):
-    """How many of n people fall in each (s, y); s and y are balanced (section 2).
+    """How many of n people fall in each (s, y).
+
+    y is balanced (section 2), and so is s, which is our choice.
 
         n (1 + b) / 4    men with y = 1, and women with y = 0
         n (1 - b) / 4    men with y = 0, and women with y = 1

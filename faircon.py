@@ -21,7 +21,8 @@ part" of Eq. (3); that part maximises, Eq. (4) minimises: `sign` in Adversary.st
 phi; here phi moves first, so that theta meets a trained prompt from round 1 on.
 PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
 released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
-p(0): on the same people their distance is at least four times the gap of the tables.
+p(0). The slope of p is at most 1/4, so that the distance is at least four times the gap
+|p_m - p_f| of the tables.
 The released step of theta has no distance and no lam in it.
 
     python faircon.py      # the game on forty people, step by step
@@ -29,7 +30,6 @@ The released step of theta has no distance and no lam in it.
 import copy
 import inspect
 import math
-import textwrap
 from dataclasses import dataclass, field, fields
 
 import numpy
@@ -290,6 +290,11 @@ def distance(logits, answers):
 def measure(model, people, g=NO_PROMPT, context=None, attributes=None):
     """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
     p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
+    return evaluate(p, people)
+
+
+def evaluate(p, people):
+    """metrics.evaluate of the answers p (N, 2) about some people."""
     return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
 
 
@@ -312,7 +317,7 @@ class Options:
     lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
     rank: int = option(32, 1, 4096, "r of LoRA (released 4)")
     alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
-    dropout: float = option(.01, 0, .99, "on LoRA's input, one mask a reading")
+    dropout: float = option(.01, 0, .99, "on LoRA's input")
     prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")
     phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
     phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
@@ -424,10 +429,8 @@ class Game:
 
     def theta_half(self):
         """theta's turn: one pass over the people, phi is frozen -> the terms' means."""
-        steps = []
-        for batch in self.watch(self.batches(), "theta"):
-            steps.append(self.theta_step(batch))
-        return mean_of(steps)
+        batches = self.watch(self.batches(), "theta")
+        return mean_of([self.theta_step(batch) for batch in batches])
 
     def theta_step(self, batch):
         """One step of theta down Eq. (3) -> its terms before the step.
@@ -483,7 +486,7 @@ class Game:
     # ---- small parts
 
     def averaging(self):
-        """Whether SWA averages in this round: one of the last `swa`, or the last."""
+        """True in the last share `swa` of the rounds, at least in the last one."""
         left = self.options.rounds - self.done             # this round is one of them
         share = self.options.swa * self.options.rounds
         return share > 0 and left <= max(1, share)
@@ -497,11 +500,10 @@ class Game:
     def batches(self, n=None):
         """One pass over the people in random order, or n batches, pass after pass."""
         size, batches = self.options.batch_size, []
-        while n is None or len(batches) < n:
+        n = math.ceil(len(self.people) / size) if n is None else n
+        while len(batches) < n:
             order = self.rng.permutation(len(self.people))
             batches += [order[i:i + size] for i in range(0, len(order), size)]
-            if n is None:
-                break
         return batches[:n]
 
     def watch(self, batches, name):
@@ -520,8 +522,7 @@ def mean_of(records):
 def show_people(model, people):
     """One question as text, and what the model answers to a few people and twins."""
     print("x_m:")
-    for line in adult.twins(people[0])[0].splitlines():
-        print(textwrap.fill(line, 84))
+    adult.show(adult.twins(people[0])[0])
     print('x_f: the same with "sex Female". The next token answers: " 0" or " 1".\n')
     print("    person                     y     p as a man     p as a woman")
     for person, (p_m, p_f) in zip(people[:4], model.predict(model.questions(people))):

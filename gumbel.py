@@ -1,6 +1,7 @@
 """Section 3.2: a discrete prompt with a gradient (straight-through Gumbel-softmax).
 
-A token is drawn as argmax_v (log p_v + G_v) with Gumbel noise G_v = -log(-log U).
+A token is drawn as argmax_v (log p_v + G_v) with Gumbel noise G_v = -log(-log U); phi
+is log p up to a constant.
 That argmax has no derivative. Straight-through (Figure 3):
 
     forward     the one-hot vector of the argmax
@@ -8,7 +9,7 @@ That argmax has no derivative. Straight-through (Figure 3):
 
 PAPER vs RELEASED CODE: the paper says "sampling", and its formula is an argmax without
 noise; the released code, and this one, sample. The paper's derivative, sigma (1 -
-sigma), is the diagonal of softmax's; here it is whole.
+sigma), is the diagonal of softmax's; here it is the full Jacobian.
 
     python gumbel.py                     # Figures 3 and 4 in numbers
     python -m beyond.report figure4      # Figure 4 as a picture (needs matplotlib)

@@ -110,10 +110,7 @@ def adapters(model):
 
 def theta(model):
     """What the model's step trains: every A and B."""
-    parameters = []
-    for layer in adapters(model).values():
-        parameters += [layer.A, layer.B]
-    return parameters
+    return [p for layer in adapters(model).values() for p in (layer.A, layer.B)]
 
 
 def set_dropout(model, on):

@@ -14,7 +14,7 @@ import torch
 class SWA:
     """The equal running average of a list of tensors, in their own dtype: float32 here.
 
-    (In bf16 an average of hundreds of weights would stay behind: findings/.)
+    (In bf16 an average of hundreds of weights would stall through rounding: findings/.)
     """
 
     def __init__(self, parameters):

@@ -9,9 +9,10 @@
     not-trained         nothing
     averaged            nothing: the mean of the two twins' answers
     fine-tuned          the task                       no prompt
-    cda                 the task, both twins           no prompt
+    cda                 the task, both twins (counter- no prompt
+                        factual data augmentation)
     faircon             Eq. (3)                        the adversary's prompt
-    shots               Eq. (3)                        biased shots
+    shots               task + lam * distance          biased shots
     cda-shots           the task, both twins           biased shots
     robust              Eq. (3)                        the adversary's, biased shots
 
@@ -35,16 +36,15 @@ import torch
 import adult
 import faircon
 import lora
-import metrics
 from adult import InputError
 from beyond import report, runs, tasks
 from beyond.load import load_model
 from beyond.robust import RobustGame, RobustOptions
 from beyond.runs import say
-from faircon import Game, Options
+from faircon import Game, Options, evaluate
 
 
-class Model(NamedTuple):
+class Recipe(NamedTuple):
     """A row of Table 3 and how it is trained."""
     title: str
     game: type = None            # None: not at all
@@ -54,15 +54,15 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "always-0": Model('always "0"'),
-    "not-trained": Model("not trained"),
-    "averaged": Model("not trained, twins averaged"),
-    "fine-tuned": Model("fine-tuned", Game),
-    "cda": Model("both twins (CDA)", Game, both_twins=True),
-    "faircon": Model("FairCon", Game, adversary=True, fair=True),
-    "shots": Model("biased shots only", RobustGame, fair=True),
-    "cda-shots": Model("CDA with biased shots", RobustGame, both_twins=True),
-    "robust": Model("robust FairCon", RobustGame, adversary=True, fair=True)}
+    "always-0": Recipe('always "0"'),
+    "not-trained": Recipe("not trained"),
+    "averaged": Recipe("not trained, twins averaged"),
+    "fine-tuned": Recipe("fine-tuned", Game),
+    "cda": Recipe("both twins (CDA)", Game, both_twins=True),
+    "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
+    "shots": Recipe("biased shots only", RobustGame, fair=True),
+    "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
+    "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True)}
 QUICK_MODELS = ("always-0", "not-trained", "fine-tuned", "faircon", "robust")
 QUICK = {"longest": 100, "rounds": 5}
 # Where the default command departs from the paper's rates, for every row alike. (With
@@ -260,10 +260,6 @@ def answers_of(model, key, people, **given):
     return p
 
 
-def evaluate(p, people):
-    return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
-
-
 def measure_all(model, people, data, config, key, seed, place):
     """Everything the table says of a model, on test rows -> dict.
 
@@ -377,9 +373,8 @@ def prepare(args):
         "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
         "seed")}
     config["game"], config["models"] = given_options(args), models_of(args)
-    for key in MODELS:
-        options = options_of(config, key)                     # the last one is robust's
-    exact = {1: 8, 2: 16}.get(args.table, 2)      # so that every b_Pc of a table is so
+    options = [options_of(config, key) for key in MODELS][-1]              # robust's
+    exact = {1: 8, 2: 16}.get(args.table, 2)       # a multiple of it has every b_Pc
     if args.shots % exact:
         raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
                          f"give a multiple of {exact}, an even number.")
@@ -401,8 +396,8 @@ def prepare(args):
     say(f"model   {args.model}: {size:,} parameters, {model.how}")
     robust = any(MODELS[key].game is RobustGame for key in config["models"])
     longest = max(options.prompt_length, options.longest * robust)
-    longest = model.usable[:1] * longest
-    for prefix in (model.prefix(context=shots), model.prefix(longest)):
+    g = model.usable[:1] * longest
+    for prefix in (model.prefix(context=shots), model.prefix(g)):
         model.check_length(len(prefix), model.questions(people.test[:20]))
     show_untrained(model, people.validation)
     lora.inject(model.model, options.rank)
@@ -452,7 +447,7 @@ def run(args):
 
 
 def show(rows, args, folder):
-    """The table, the paper's figures beside ours; a prompt; the next command."""
+    """The table, the paper's numbers beside ours; a prompt; the next command."""
     columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
     if args.table == 3 and not args.prompt_only:
         columns.update({f"{args.shots} shots": "shots", "follows": "follows"})

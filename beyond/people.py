@@ -1,12 +1,12 @@
-"""NOT IN THE PAPER: Adult's columns from a CSV file as people have it.
+"""NOT IN THE PAPER: Adult's columns from users' own CSV files.
 
     header    UCI's, Kaggle's or OpenML's names in any order; without one, UCI's order.
               It may lack what the text leaves out; a first column may have no name
     words     in any case; empty, NaN and ? are a missing one, "?"
     label     <=50K or >50K, or 0 or 1 (over $50k); a full stop may follow
 
-A column of any other name is refused. Passed over, it would seem to count, and a
-misspelt label would seem to be missing.
+A column of any other name is refused: ignored, it would seem to count, and a misspelt
+label would seem to be missing.
 """
 import csv
 import functools

@@ -1,7 +1,7 @@
 """NOT IN THE PAPER: does fairness survive when weights are rounded to few bits?
 
-Rounded are the blocks' matrices, in a trained model W + B A. The embeddings stay, as is
-usual (GPTQ, AWQ): where they are tied they also give the logits, that is, the answer.
+Only the blocks' weight matrices are rounded, after merging: W + B A. The embeddings
+stay, as is usual (GPTQ, AWQ): where they are tied they also give the logits.
 
     python -m beyond.quantise               # a small matrix, rounded
     python -m beyond.quantise runs/NAME     # every model of a finished run of Table 3

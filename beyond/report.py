@@ -91,7 +91,7 @@ whichever is larger. follows: mean p given {shots} people who are all 1, minus a
 
 
 def show(rows, titles, columns, printed):
-    """One line a model, the paper's figures beside ours.
+    """One line a model, the paper's numbers beside ours.
 
     titles: {key: title}, the key where there is none; columns: {heading: metric};
     printed: {key: (ACC in percent, M_dpd, M_deo)}

@@ -40,17 +40,18 @@ class RobustGame(faircon.Game):
         return super().prompts() + [self.biased_shots()]
 
     def some_length(self):
-        """1 to `longest`: half of the time uniform, else in its logarithm."""
+        """1 to `longest`: half the time uniform, half log-uniform."""
         longest = self.options.longest
         if self.rng.random() < .5:
             return int(self.rng.integers(1, longest + 1))
         return round(longest ** self.rng.random())
 
     def biased_shots(self):
-        """A few-shot prompt of training rows at b_Pc = 1 or -1, as token ids.
+        """Labelled training rows at b_Pc = 1 or -1, as token ids.
 
-        Each row stands there as the sex that makes its label unfair: flipped, if need
-        be. The first one may be cut; one may be of a person who is being asked about.
+        They stand where g stands, before the instruction; at test (adult.few_shot)
+        labelled people come after it. Sex is flipped where needed to make the label
+        unfair. The first shot may be cut; a person being asked about may appear.
         """
         length, ids = self.some_length(), []
         favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men

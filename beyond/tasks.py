@@ -1,4 +1,4 @@
-"""NOT IN THE PAPER: another table than Adult, described by a JSON file.
+"""NOT IN THE PAPER: a data set other than Adult, described by a JSON file.
 
     python train.py --task beyond/hiring.json --rows 80 --shots 4    # SYNTHETIC rows
 
@@ -146,8 +146,7 @@ def clean(cell):
 # ------------------------------------------------------------------ the example
 
 def synthetic(n=600, seed=0):
-    """Applicants that nobody was: lines of CSV. Men with the same years are hired more
-    often."""
+    """Invented applicants, lines of CSV: as good as women, men are hired more often."""
     rng = random.Random(seed)
     yield "age,gender,degree,years,test score,department,hired"
     for _ in range(n):
