@@ -553,7 +553,7 @@ def test_the_tables_fit_and_say_who_was_worst(capsys):
 
 RATES = {"rounds": 2, "phi_steps": 2, "batch_size": 8, "lr": .01, "swa": 1.,
          "longest": 40, "dropout": .5}
-CONFIG = {"data": str(adult.TINY), "rows": 16, "bpc": .5, "test_rows": 16,
+CONFIG = {"data": str(adult.TINY), "task": None, "rows": 16, "bpc": .5, "test_rows": 16,
           "game": RATES}
 SEXLESS = ("no-sex", "not-trained-no-sex")
 

@@ -1,6 +1,7 @@
 """Another task than Adult: its file, its words, and the commands that run on it."""
 import collections
 import csv
+import functools
 import json
 import pathlib
 import shutil
@@ -135,7 +136,8 @@ def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatc
     few = {"lengths": (4,), "people": (2,), "most": 2, "chosen_on": 4, "test_rows": 8,
            "climb": 2, "texts": 2, "tokens": 8}
     monkeypatch.setattr(attacks, "QUICK", {**attacks.QUICK, **few})
-    monkeypatch.setattr(attacks, "SHORT", {**attacks.SHORT, **few})
+    short = functools.partial(attacks.short, size={**attacks.SHORT, **few})
+    monkeypatch.setattr(attacks, "short", short)
     attacks.run(attacks.parser().parse_args([
         "runs/hire", "--models", "robust", "--jobs", "1"]))
     found = results_of("runs/hire", "attacks.json")["rows"][0]["attacks"]
