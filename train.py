@@ -393,7 +393,7 @@ def prepare(args):
     model = load_once(args.model, args.dtype, args.device)
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
-    say(f"model   {args.model}: {size:,} parameters, {model.how}")
+    say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
     robust = any(MODELS[key].game is RobustGame for key in config["models"])
     longest = max(options.prompt_length, options.longest * robust)
     g = model.usable[:1] * longest

@@ -33,7 +33,8 @@ SWITCHING = ("longrope", "dynamic")
 def load_model(name, dtype="auto", device="auto"):
     """-> LanguageModel, and in it:
 
-    computed_in, how    the dtype of its blocks; the same with device and reasons
+    computed_in, why    the dtype of its blocks, and the reason for it
+    how                 the dtype, the device and the threads
     small               several of it can run side by side
     sha256              of the files of its weights, and of its vocabulary
     public_name         what others can load it by; None for a folder
@@ -76,7 +77,8 @@ def load_model(name, dtype="auto", device="auto"):
     model.small, model.computed_in = small, dtype
     model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"))
     model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
-    model.how = f"{dtype} ({why}) on {device} ({threads} thread{'s' * (threads > 1)})"
+    model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
+    model.why = why
     return model
 
 

@@ -156,8 +156,10 @@ def asked(calls):
         for other in named(calls, "questions"):
             if other.gave is call.given["questions"]:
                 people = other.given["people"]
+        context = call.given["context"]
+        context = adult.INSTRUCTION if context is None else context
         if len(people) > 1:                           # one: a model is tried at loading
-            found.append((people, call.given["g"], call.given["context"], call.gave))
+            found.append((people, call.given["g"], context, call.gave))
     return found
 
 
@@ -472,7 +474,8 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
         shots, drawn = named(calls, "few_shot"), named(calls, "sample")
         drawn = [call for call in drawn if call.given["n"] == 40]
         for k, (title, (b, twice, test_b, _)) in enumerate(titles.items()):
-            given, row, data = shots[k].given, next(rows), train.load_data_once("data")
+            given, row = shots[k].given, next(rows)
+            data = train.load_data_once("data", None)
             assert given["people"] is data.train and given["shots"] == 16
             assert (given["bpc"], given["counterbalance"]) == (b, twice)
             assert drawn[k].given["people"] is data.test
@@ -568,7 +571,7 @@ def test_flags_become_jobs(words, small, here, monkeypatch):
     assert work is works.get(keys[0], train.train_model)
     config = jobs[0][0]
     most = 200 if "quick" in words else 1000
-    enough = adult.enough(train.load_data_once("data").test, .5, most)
+    enough = adult.enough(train.load_data_once("data", None).test, .5, most)
     assert config["game"] == game and config["test_rows"] == enough > 100
 
 
