@@ -581,6 +581,7 @@ def measure_again(argv):
     parser.add_argument("--data", metavar="DIR", help="where its data is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--models", nargs="+", metavar="KEY", help="only these")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="measure in another one than the run's, and print means")
     args = parser.parse_args(argv)
@@ -589,10 +590,14 @@ def measure_again(argv):
     results = read_run(args.run)
     data, config, different = load_data(results, args.data), results["config"], 0
     rows = []
+    for key in args.models or ():
+        find_row(results, args.run, key, None)
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
           + "   largest change")
     for saved in results["rows"]:
         key, seed = saved["key"], saved["seed"]
+        if args.models and key not in args.models:
+            continue
         for name in SHOWN:
             if not isinstance(saved.get(name), float):
                 raise InputError(f"{args.run}/results.json has no number {name} of "
@@ -615,8 +620,8 @@ def measure_again(argv):
     if different:
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")
-    print("every saved number of every model came out again, exactly (no prompt; "
-          "`python -m beyond.attacks` repeats attacks)")
+    print(f"every saved number of {len(rows)} models came out again, exactly (no "
+          "prompt; `python -m beyond.attacks` repeats attacks)")
 
 
 def people_of(results, path):

@@ -368,7 +368,11 @@ def test_a_line_is_one_write(monkeypatch):
 def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
     """The adapter saved is the model measured, and a changed number is noticed."""
     runs.main([str(full[0])])
-    assert "every saved number of every model came out again" in capsys.readouterr().out
+    assert "every saved number of 9 models came out again" in capsys.readouterr().out
+    runs.main([str(full[0]), "--models", "cda"])
+    assert "of 1 models came out again" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds no nobody"):
+        runs.main([str(full[0]), "--models", "nobody"])
     assert not list(full[0].rglob("*.part")) + list(full[0].rglob("state.pt"))
     shutil.copytree(full[0], "elsewhere")
     results = results_of("elsewhere")
