@@ -908,6 +908,16 @@ def test_a_script_without_a_guard_and_a_thread_are_told(tmp_path):
         pool.submit(train.main, ["--table", "1", "--paper"]).result()
 
 
+def test_the_command_runs_from_another_folder(tmp_path):
+    """Its runs are in the folder that it was started in."""
+    words = [sys.executable, train.__file__, "--models", "always-0", "--rows", "8",
+             "--data", adult.TINY, "--test-rows", "8", "--shots", "2", "--jobs", "1"]
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path / "runs/default")["rows"][0]["gap"] == 0
+
+
 def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
     """train.py | head -1"""
     process = sleeper(tmp_path, 1)
