@@ -174,18 +174,24 @@ loaded = {}
 
 
 @functools.lru_cache(1)
+def read_once(directory, task):
+    return tasks.load(task, directory) if task else adult.load(directory)
+
+
 def load_data_once(directory, task=None):
     """Adult's people, or another task's: what is asked is then that task's, too."""
-    return tasks.load(task, directory) if task else adult.load(directory)
+    tasks.use(tasks.description(task)) if task else tasks.restore()
+    return read_once(directory, task)
 
 
 def load_once(name, dtype, device):
     """One model a process; "auto" and what it was resolved to are the same."""
-    if (name, dtype, device) not in loaded:
+    asked = (device, adult.OPENING, adult.INSTRUCTION, adult.ANSWERS)
+    if (name, dtype, asked) not in loaded:
         loaded.clear()
         model = load_model(name, dtype, device)
-        loaded[name, dtype, device] = loaded[name, model.computed_in, device] = model
-    return loaded[name, dtype, device]
+        loaded[name, dtype, asked] = loaded[name, model.computed_in, asked] = model
+    return loaded[name, dtype, asked]
 
 
 def load_both(config):
@@ -394,8 +400,9 @@ def prepare(args):
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
-    robust = any(MODELS[key].game is RobustGame for key in config["models"])
-    longest = max(options.prompt_length, options.longest * robust)
+    longest = options.prompt_length if args.table == 3 else 0
+    if args.table == 3 and not args.prompt_only and robust_among(config["models"]):
+        longest = max(longest, options.longest)
     g = model.usable[:1] * longest
     for prefix in (model.prefix(context=shots), model.prefix(g)):
         model.check_length(len(prefix), model.questions(people.test[:20]))
@@ -406,6 +413,10 @@ def prepare(args):
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
     return {"format": runs.FORMAT, "config": config, "data": data.sha256,
             "model": about, "versions": runs.versions()}, data
+
+
+def robust_among(keys):
+    return any(MODELS[key].game is RobustGame for key in keys)
 
 
 def show_untrained(model, people):
@@ -440,7 +451,7 @@ def run(args):
     with runs.open_run(args, depends_on) as folder:
         say(f"jobs    {len(jobs)}, {workers} at a time; results go to {folder}/\n")
         rows = runs.run_jobs(work, jobs, workers, folder)
-        runs.write_json(folder / "results.json", {
+        runs.finish(folder, {
             **depends_on, "data": {"source": data.source, "sha256": data.sha256},
             "rows": rows, "summary": report.summary(rows)})
     show(rows, args, folder)

@@ -218,7 +218,7 @@ def run(args):
         jobs += [(config, name, seed) for name in names]
     with runs.open_run(args, depends_on) as folder:
         rows = runs.run_jobs(run_variant, jobs, min(args.jobs, len(jobs)), folder)
-        runs.write_json(folder / "results.json", {
+        runs.finish(folder, {
             **depends_on, "rows": rows, "summary": report.summary(rows)})
     show(rows, args.seeds)
     print(f"\nsaved in {folder}/results.json")

@@ -25,7 +25,8 @@ from faircon import LanguageModel
 SMALL = 512                   # hidden size below which one thread is as good as two
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PUBLIC = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "*.bin")          # the second where there is no first
+SETTINGS = ("config.json", "tokenizer.json")
 # Rotary embeddings that change where a text grows longer than this many positions.
 SWITCHING = ("longrope", "dynamic")
 
@@ -36,7 +37,7 @@ def load_model(name, dtype="auto", device="auto"):
     computed_in, why    the dtype of its blocks, and the reason for it
     how                 the dtype, the device and the threads
     small               several of it can run side by side
-    sha256              of the files of its weights, and of its vocabulary
+    sha256              of the files of its weights and settings, and of its vocabulary
     public_name         what others can load it by; None for a folder
 
     InputError when it cannot be loaded, is not whole, or cannot be read by parts.
@@ -155,18 +156,19 @@ def try_out(model, name):
 
 
 def sha256(place, tokenizer, file=None):
-    """Of the weights as they lie on disk, whatever dtype they are loaded in.
+    """Of weights and settings as they lie on disk, whatever dtype they are loaded in.
 
     file: the only one of the folder that counts, such as one GGUF of several.
     """
     if not pathlib.Path(place).is_dir():                     # a hub id: its local copy
         config = transformers.utils.cached_file(place, "config.json")
         place = pathlib.Path(config).parent
-    digest = hashlib.sha256()
-    for pattern in [file] if file else WEIGHTS:
-        for path in sorted(pathlib.Path(place).glob(pattern)):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    place, digest = pathlib.Path(place), hashlib.sha256()
+    kinds = [sorted(place.glob(pattern)) for pattern in WEIGHTS]
+    settings = [place / name for name in SETTINGS if (place / name).exists()]
+    for path in [place / file] if file else settings + (kinds[0] or kinds[1]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -27,8 +27,9 @@ def plain(name):
 
 
 NAMES = {**{plain(name): name for name in FORMAT}, "gender": "sex", "income": "label",
-         "class": "label", "salary": "label", "educationnum": adult.COLUMNS[4],
-         "educationalnum": adult.COLUMNS[4]}
+         "class": "label", "salary": "label",
+         "educationnum": "number of years of education",
+         "educationalnum": "number of years of education"}
 
 
 def read(path, labelled=True):

@@ -48,9 +48,8 @@ def quantised(model, name):
 
 def measure(args, data, key, seed):
     """One model in every format, on its run's test rows; yields a row for each."""
-    model, _, results = runs.load_run(args.run, key, seed, args.model)
-    model.model.float()                                       # where a run was in bf16
-    model.dtype, config = torch.float32, results["config"]
+    model, _, results = runs.load_run(args.run, key, seed, args.model, dtype="float32")
+    config = results["config"]
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     people = people._replace(test=people.test[:args.test_rows])
     for name in FORMATS:

@@ -252,8 +252,9 @@ def curve(args, plt):
         if not all(curves):
             continue
         colour = f"C{next(colours)}"
-        for accuracies in [*curves, mean_of(curves)]:
-            mean = accuracies not in curves or len(curves) == 1
+        lines = [*curves, mean_of(curves)]
+        for i, accuracies in enumerate(lines):
+            mean = i == len(curves)
             axes.plot(range(1, len(accuracies) + 1), accuracies, color=colour,
                       lw=2.4 if mean else .6, alpha=1 if mean else .6,
                       label=train.MODELS[key].title if mean else None)

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 import adult
 from adult import InputError, load, split
 
-FORMAT = 3                    # raised when a run of before could not be gone on with
+FORMAT = 4                    # raised when a run of before could not be gone on with
 SHOWN = ("acc", "dpd", "deo", "gap", "flip")
 
 
@@ -68,7 +68,7 @@ def folder_name(text):
     return text
 
 
-BESIDE_RESUME = ("--resume", "--jobs", "--device", "--data", "--model")
+BESIDE_RESUME = ("--resume", "--jobs", "--device", "--data", "--model", "--task")
 
 
 def parse(parser, argv):
@@ -232,12 +232,19 @@ def open_run(args, depends_on):
         try:
             write(folder / "probe" / "file", b"")    # a folder in it can be made, too
             shutil.rmtree(folder / "probe")
-            write_json(folder / "run.json", {"argv": args.argv, **depends_on})
+            if not args.resume:
+                write_json(folder / "run.json", {"argv": args.argv, **depends_on})
         except OSError as error:
             raise cannot_write(folder, error) from None
         for part in folder.rglob("*.part"):          # of a process that was killed
             part.unlink(missing_ok=True)
         yield folder
+
+
+def finish(folder, results):
+    """Write results.json once: what a finished run says of itself stays."""
+    if not (folder / "results.json").exists():
+        write_json(folder / "results.json", results)
 
 
 def free(name):
@@ -288,7 +295,8 @@ def compare(folder, depends_on):
     """
     flat, saved = flatten(depends_on), flatten(read_json(folder / "run.json"))
     for name in flat:
-        if name in ("config model", "config data") or flat[name] == saved.get(name):
+        moved = name in ("config model", "config data", "config task")
+        if moved or flat[name] == saved.get(name):
             continue
         if name == "model computed in" or name.startswith("versions "):
             say(f"note: {name} was {saved.get(name)} and is now {flat[name]}; last "
@@ -482,8 +490,7 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     results = read_json(folder / "results.json")
     row = find_row(results, folder, key, seed)
     name, trained_in, _ = results["config"]["model"]
-    if results["config"].get("task"):
-        tasks.use(tasks.description(results["config"]["task"]))
+    tasks.of_run(results)
     model = load_model(model_path or name, dtype or trained_in, device)
     if model.sha256 != results["model"]["sha256"]:
         raise InputError(f"{model_path or name} is not the model of {folder} (another "
@@ -614,7 +621,7 @@ def measure_again(argv):
               + f"   {max(changes):.1e}", flush=True)
     if args.dtype:
         for key, means in report.summary(rows).items():
-            cells = [report.cell(means[name], 2) for name in SHOWN]
+            cells = [report.cell(means[name], config["seeds"]) for name in SHOWN]
             print(f"{key:<16} mean   " + "  ".join(f"{cell:>9}" for cell in cells))
         return
     if different:
@@ -627,11 +634,9 @@ def measure_again(argv):
 def people_of(results, path):
     """A CSV file of the columns that a run's task has; labels need not be known."""
     from beyond import people, tasks
-    task = results["config"].get("task")
-    if not task:
+    task = tasks.of_run(results)
+    if task is None:
         return people.read(path, labelled=False)
-    task = tasks.description(task)
-    tasks.use(task)
     return tasks.read(pathlib.Path(path), task, labelled=False)
 
 

@@ -12,7 +12,7 @@
      "answers": ["0", "1"]}                    the words for y = 0 and 1: a token each
 
 The files are CSV with a header, beside the JSON file or in --data DIR. A task replaces
-the constants of adult.py (section 2) in this process: one process has one task.
+the constants of adult.py (section 2) in this process, until another one does.
 
     python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
 """
@@ -28,6 +28,7 @@ from adult import InputError
 # The constants of adult.py that a task replaces.
 CONSTANTS = ("COLUMNS", "ATTRIBUTES", "SEX", "SEXES", "INSTRUCTION", "OPENING",
              "ANSWERS")
+ADULT = {name: getattr(adult, name) for name in CONSTANTS}
 KINDS = {"files": list, "attributes": dict, "sensitive": list, "label": list,
          "opening": str, "instruction": str, "answers": list}
 
@@ -44,8 +45,31 @@ def load(path, directory=None):
     if len(parts) == 1:
         people = adult.draw(parts[0], len(parts[0]), seeded())
         parts = [people[::2], people[1::2]]
-    digests = {file.name: adult.sha256_of(file) for file in [*files, path]}
+    digests = {n: adult.sha256_of(file) for n, file in zip(task["files"], files)}
+    digests[path.name] = adult.sha256_of(path)
     return adult.Adult(*parts, f"{path} ({', '.join(task['files'])})", digests)
+
+
+def of_run(results):
+    """Make a finished run's task this process's -> its description, None for Adult.
+
+    InputError if its file has changed.
+    """
+    path = results["config"].get("task")
+    if not path:
+        return restore()
+    task, path = description(path), pathlib.Path(path)
+    if adult.sha256_of(path) != results["data"]["sha256"].get(path.name):
+        raise InputError(f"{path} has changed since the run; give the file that it was "
+                         "made with.")
+    use(task)
+    return task
+
+
+def restore():
+    """Adult again."""
+    for name, value in ADULT.items():
+        setattr(adult, name, value)
 
 
 def seeded():
@@ -77,6 +101,14 @@ def description(path):
             raise InputError(f"{path}: {name} has the same text twice.")
     if not all(isinstance(column, str) for column in task["attributes"].values()):
         raise InputError(f"{path}: attributes are {{name in the text: column}}.")
+    if len(set(task["attributes"].values())) < len(task["attributes"]):
+        raise InputError(f"{path}: two attributes are of the same column.")
+    if pathlib.Path(path).name in task["files"]:
+        raise InputError(f"{path} is not one of its own files.")
+    for name in ("sensitive", "label"):
+        task[name][1:] = map(clean, task[name][1:])                # as cells are read
+        if "?" in task[name] or task[name][1] == task[name][2]:
+            raise InputError(f"{path}: {name} needs two values that differ.")
     if task["sensitive"][0] not in task["attributes"].values():
         raise InputError(f"{path}: the sensitive column {task['sensitive'][0]} is not "
                          "among the attributes: twins would be the same text.")
@@ -107,7 +139,7 @@ def read(path, task, labelled=True):
                 if (rows.fieldnames or []).count(column) != 1:
                     raise InputError("its header does not have the column "
                                      f"{column} once")
-            people = [person(row, task, labelled) for row in rows]
+            people = [person(whole(row), task, labelled) for row in rows]
     except InputError as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}.") from None
     except OSError as error:
@@ -119,6 +151,13 @@ def read(path, task, labelled=True):
     if not people:
         raise InputError(f"{path} holds no rows.")
     return people
+
+
+def whole(row):
+    """A row with a cell for every column. InputError."""
+    if None in row or None in row.values():           # csv.DictReader: more, or fewer
+        raise InputError("it has more or fewer cells than the header")
+    return row
 
 
 def person(row, task, labelled):

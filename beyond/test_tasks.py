@@ -11,25 +11,22 @@ import pytest
 
 import adult
 import train
+from adult import InputError
 from beyond import ablation, attacks, runs, tasks
 from beyond.report import results_of
 from beyond.test_beyond import command, refused
 
-ADULT = {name: getattr(adult, name) for name in tasks.CONSTANTS}
-
-
 @pytest.fixture()
 def hiring(tmp_path, monkeypatch):
     """A folder with the example's files, its JSON as a dict; Adult again afterwards."""
-    for name in tasks.CONSTANTS:
-        monkeypatch.setattr(adult, name, ADULT[name])
     folder = pathlib.Path(tasks.__file__).parent
     shutil.copy(folder / "hiring.csv", tmp_path)
     monkeypatch.chdir(tmp_path)
     train.loaded.clear()
     yield json.loads((folder / "hiring.json").read_text())
+    tasks.restore()
     train.loaded.clear()
-    train.load_data_once.cache_clear()
+    train.read_once.cache_clear()
 
 
 def write_task(task, **changes):
@@ -76,6 +73,21 @@ def test_a_task_replaces_adult(hiring):
     assert len(both.test) == 200
 
 
+def test_adult_is_adult_again_after_a_task(hiring):
+    """In one process: data, a model's questions and answers, as if nothing had been."""
+    one = train.load_data_once(adult.TINY)
+    model = train.load_once("tiny", "float32", "cpu")
+    before = model.predict(model.questions(one.test[:4]))
+    task = write_task(hiring, answers=["1", "0"])
+    assert train.load_data_once(None, task).test[0].values[1] in ("man", "woman")
+    other = train.load_once("tiny", "float32", "cpu")
+    assert other.answers.tolist() == model.answers.tolist()[::-1]
+    again = train.load_data_once(adult.TINY)
+    model = train.load_once("tiny", "float32", "cpu")
+    assert again.test == one.test
+    assert (model.predict(model.questions(again.test[:4])) == before).all()
+
+
 @pytest.mark.parametrize("cell, text", [
     (" 25.0 ", "25"), ("", "?"), (None, "?"), ("NaN", "?"),
     ("two\n words", "two words"), ("2.50", "2.50"), ("-3.00", "-3")])
@@ -95,6 +107,11 @@ BROKEN = {
     "line 3: gender is 'man'; .* leave out rows": {
         "sensitive": ["gender", "woman", "other"]},
     "gone.csv cannot be read": {"files": ["gone.csv"]},
+    "two attributes are of the same": {
+        "attributes": {"gender": "gender", "title": "gender"}},
+    "sensitive needs two values": {"sensitive": ["gender", "1", "1.0"]},
+    "not one of its own files": {"files": ["task.json"]},
+    "line 4: it has more or fewer cells": {"opening": "An applicant:"},
     "attributes are": {"attributes": {"gender": 3}},
     "no single tokens": {"answers": ["surely not", "perhaps"]}}
 
@@ -104,6 +121,7 @@ def test_a_broken_task_is_one_sentence(says, hiring):
     rows = pathlib.Path("hiring.csv").read_text().splitlines()
     assert ",woman," in rows[1]
     rows[2] = rows[2].replace(",woman,", ",man,")
+    rows[3] += ",7" * says.startswith("line 4")
     pathlib.Path("hiring.csv").write_text("\n".join(rows))
     task = write_task(hiring, **BROKEN[says])
     refused(["--task", task, "--rows", "16", "--shots", "2"], says)
@@ -120,19 +138,21 @@ def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatc
         "--phi-steps", "2", "--models", "averaged", "fine-tuned", "robust",
         "--name", "hire"])
     assert list(results["data"]["sha256"]) == ["hiring.csv", "task.json"]
-    for name in tasks.CONSTANTS:                           # as a process that begins
-        monkeypatch.setattr(adult, name, ADULT[name])
+    tasks.restore()                                        # as a process that begins
     runs.main(["runs/hire"])
-    for name in tasks.CONSTANTS:
-        monkeypatch.setattr(adult, name, ADULT[name])
+    tasks.restore()
     pathlib.Path("new.csv").write_text(
         "degree,gender,years,test score,department,age\nmaster,woman,3,90,sales,31\n")
     runs.main(["predict", "runs/hire", "new.csv", "--out", "answers.csv"])
     asked = pathlib.Path("answers.csv").read_text().splitlines()
     assert len(asked) == 2 and asked[1].startswith("1,,"), "a woman, no label"
     assert "woman, 31, master, 3, 90, sales" in capsys.readouterr().out
-    for name in tasks.CONSTANTS:
-        monkeypatch.setattr(adult, name, ADULT[name])
+    tasks.restore()
+    write_task(hiring, answers=["1", "0"])
+    for words in (["predict", "runs/hire", "new.csv"], ["runs/hire"]):
+        with pytest.raises(InputError, match="task.json has changed|another sha256"):
+            runs.main(words)
+    write_task(hiring)
     few = {"lengths": (4,), "people": (2,), "most": 2, "chosen_on": 4, "test_rows": 8,
            "climb": 2, "texts": 2, "tokens": 8}
     monkeypatch.setattr(attacks, "QUICK", {**attacks.QUICK, **few})
