@@ -1134,7 +1134,7 @@ def test_another_family_is_trained_by_the_command_and_read_by_peft(here):
     ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4},
      "q and v are one matrix, transformer.h.0.attn.c_attn"),
     ("GPTNeoXForCausalLM", {}, "query_key_value"), ("Phi3ForCausalLM", {}, "qkv_proj"),
-    ("MambaForCausalLM", {"state_size": 4}, "cannot be read"),
+    ("MambaForCausalLM", {"state_size": 4}, "cannot be read|q_proj"),
     ("T5ForConditionalGeneration",
      {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
      "encoder-decoder")])
