@@ -83,28 +83,37 @@ class Adult(NamedTuple):
 
 def read(path):
     """A file in UCI's format -> list of Person. Raises InputError."""
+    return read_csv(path, person_from)
+
+
+def read_csv(path, parse):
+    """What `parse` makes of each row, a list of cells; None is left out.
+
+    InputError names file and line.
+    """
     people = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, skipinitialspace=True, strict=True)
-            for row in rows:
-                if row and not row[0].startswith("|"):       # adult.test's first line
-                    people.append(person_from(row))
+            for row in filter(None, rows):
+                people.append(parse(row))
     except InputError as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); a data folder "
-                         "holds adult.data and adult.test.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not UTF-8 text with every quote closed ({error}); "
-                         f"mend it, or take {UCI}'s.") from None
+        raise InputError(f"{path} cannot be read as CSV in UTF-8 ({error}); is every "
+                         "quote closed?") from None
+    people = [person for person in people if person is not None]
     if not people:
         raise InputError(f"{path} holds no rows; is it the right file, and whole?")
     return people
 
 
 def person_from(row):
-    """The cells of a row -> Person. Raises InputError."""
+    """The cells of a row -> Person, None for a comment. Raises InputError."""
+    if row[0].startswith("|"):                                # adult.test's first line
+        return None
     if len(row) != len(FORMAT):
         raise InputError(f"{len(row)} columns where Adult has 15; write all, as in "
                          "UCI's files, and no header.")

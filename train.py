@@ -180,7 +180,7 @@ def read_once(directory, task):
 
 def load_data_once(directory, task=None):
     """Adult's people, or another task's: what is asked is then that task's, too."""
-    tasks.use(tasks.description(task)) if task else tasks.restore()
+    tasks.begin(task)
     return read_once(directory, task)
 
 
@@ -401,7 +401,8 @@ def prepare(args):
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
     longest = options.prompt_length if args.table == 3 else 0
-    if args.table == 3 and not args.prompt_only and robust_among(config["models"]):
+    games = [MODELS[key].game for key in config["models"]]
+    if args.table == 3 and not args.prompt_only and RobustGame in games:
         longest = max(longest, options.longest)
     g = model.usable[:1] * longest
     for prefix in (model.prefix(context=shots), model.prefix(g)):
@@ -413,10 +414,6 @@ def prepare(args):
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
     return {"format": runs.FORMAT, "config": config, "data": data.sha256,
             "model": about, "versions": runs.versions()}, data
-
-
-def robust_among(keys):
-    return any(MODELS[key].game is RobustGame for key in keys)
 
 
 def show_untrained(model, people):

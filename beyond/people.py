@@ -8,7 +8,6 @@
 A column of any other name is refused: ignored, it would seem to count, and a misspelt
 label would seem to be missing.
 """
-import csv
 import functools
 import re
 
@@ -37,26 +36,18 @@ def read(path, labelled=True):
 
     labelled: every label must be there; otherwise y is None for a missing one.
     """
-    people, columns = [], None
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, skipinitialspace=True, strict=True)
-            for row in rows:
-                if not row or row[0].startswith("|"):        # adult.test's first line
-                    continue
-                if columns is None and NAMES.keys() & map(plain, row):
-                    columns = columns_of(row)
-                    continue
-                columns = columns or list(FORMAT)
-                people.append(person_from(row, columns, labelled))
-    except InputError as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = getattr(error, "strerror", error)
-        raise InputError(f"{path} cannot be read as CSV in UTF-8 ({why}).") from None
-    if not people:
-        raise InputError(f"{path} holds no people; is it the right file, and whole?")
-    return people
+    columns = []                                       # known from the first row on
+
+    def parse(row):
+        if row[0].startswith("|"):                           # adult.test's first line
+            return None
+        if not columns and NAMES.keys() & map(plain, row):
+            columns.extend(columns_of(row))
+            return None
+        columns.extend([] if columns else FORMAT)
+        return person_from(row, columns, labelled)
+
+    return adult.read_csv(path, parse)
 
 
 def columns_of(header):

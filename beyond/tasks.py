@@ -16,7 +16,6 @@ the constants of adult.py (section 2) in this process, until another one does.
 
     python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
 """
-import csv
 import json
 import pathlib
 import random
@@ -38,8 +37,7 @@ def load(path, directory=None):
 
     directory: where its CSV files are, if not beside it.
     """
-    path, task = pathlib.Path(path), description(path)
-    use(task)
+    path, task = pathlib.Path(path), begin(path)
     files = [pathlib.Path(directory or path.parent) / name for name in task["files"]]
     parts = [read(file, task) for file in files]
     if len(parts) == 1:
@@ -50,19 +48,26 @@ def load(path, directory=None):
     return adult.Adult(*parts, f"{path} ({', '.join(task['files'])})", digests)
 
 
-def of_run(results):
-    """Make a finished run's task this process's -> its description, None for Adult.
+def begin(path):
+    """Make a JSON file's task this process's (None: Adult) -> its description.
 
-    InputError if its file has changed.
+    InputError.
     """
-    path = results["config"].get("task")
-    if not path:
+    if path is None:
         return restore()
-    task, path = description(path), pathlib.Path(path)
-    if adult.sha256_of(path) != results["data"]["sha256"].get(path.name):
-        raise InputError(f"{path} has changed since the run; give the file that it was "
-                         "made with.")
+    task = description(path)
     use(task)
+    return task
+
+
+def of_run(results):
+    """`begin` a finished run's task. InputError if its file has changed."""
+    path, task = results["config"].get("task"), begin(results["config"].get("task"))
+    if path is not None:
+        path = pathlib.Path(path)
+        if adult.sha256_of(path) != results["data"]["sha256"].get(path.name):
+            raise InputError(f"{path} has changed since the run; give the file that it "
+                             "was made with.")
     return task
 
 
@@ -131,46 +136,39 @@ def read(path, task, labelled=True):
 
     labelled False: the label's column may be missing or empty; y is None then.
     """
-    columns = list(task["attributes"].values())
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            for column in columns + [task["label"][0]] * labelled:
-                if (rows.fieldnames or []).count(column) != 1:
-                    raise InputError("its header does not have the column "
-                                     f"{column} once")
-            people = [person(whole(row), task, labelled) for row in rows]
-    except InputError as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); the task's files "
-                         "stand beside it, or in --data DIR.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not UTF-8 text with every quote closed "
-                         f"({error}).") from None
-    if not people:
-        raise InputError(f"{path} holds no rows.")
-    return people
+    needed = [*task["attributes"].values(), *[task["label"][0]] * labelled]
+    header = []
+
+    def parse(row):
+        if header:
+            return person(row, header, task, labelled)
+        header.extend(row)
+        for column in needed:
+            if header.count(column) != 1:
+                raise InputError(f"its header does not have the column {column} once.")
+
+    return adult.read_csv(path, parse)
 
 
-def whole(row):
-    """A row with a cell for every column. InputError."""
-    if None in row or None in row.values():           # csv.DictReader: more, or fewer
-        raise InputError("it has more or fewer cells than the header")
-    return row
-
-
-def person(row, task, labelled):
+def person(row, header, task, labelled):
     """One row of a CSV file -> Person. InputError."""
-    values = [clean(row[column]) for column in task["attributes"].values()]
-    label = clean(row.get(task["label"][0]))
-    for name, found in (("sensitive", values[adult.SEX]), ("label", label)):
-        column, *two = task[name]
-        if found not in two and (labelled or found != "?"):
-            raise InputError(f"{column} is {found!r}; a task has two values, "
-                             f"{two[0]} and {two[1]}: leave out rows that have others")
-    y = None if label == "?" else int(label == task["label"][1])
-    return adult.Person(tuple(values), y)
+    if len(row) != len(header):
+        raise InputError("it has more or fewer cells than the header.")
+    cells = dict(zip(header, row))
+    values = [clean(cells[column]) for column in task["attributes"].values()]
+    one_of_two(values[adult.SEX], *task["sensitive"])
+    label = clean(cells.get(task["label"][0]))
+    if label == "?" and not labelled:
+        return adult.Person(tuple(values), None)
+    return adult.Person(tuple(values), 1 - one_of_two(label, *task["label"]))
+
+
+def one_of_two(word, column, first, second):
+    """0 for the first, 1 for the second. InputError."""
+    if word not in (first, second):
+        raise InputError(f"{column} is {word!r}; a task has two values, {first} and "
+                         f"{second}: leave out rows that have others.")
+    return int(word == second)
 
 
 def clean(cell):

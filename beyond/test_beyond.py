@@ -417,7 +417,7 @@ def test_a_finished_run_is_asked_about_other_people(key, full, here, capsys):
 
 
 @pytest.mark.parametrize("words, match", {
-    "RUN nothing.csv": "nothing.csv cannot be read as .*No such file",
+    "RUN nothing.csv": "nothing.csv cannot be read .No such file",
     "RUN wrong.csv": "wrong.csv, line 27: age cannot be 'x'",
     "nowhere mine.csv": "nowhere/results.json cannot be read",
     "RUN mine.csv --key nobody": "holds no nobody; it holds always-0, not-trained",

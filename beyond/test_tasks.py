@@ -88,6 +88,18 @@ def test_adult_is_adult_again_after_a_task(hiring):
     assert (model.predict(model.questions(again.test[:4])) == before).all()
 
 
+def test_a_person_asked_about_may_lack_a_label_and_no_group(hiring):
+    task, header = tasks.begin(write_task(hiring)), "age,gender,degree,years,test score"
+    for gender, label, y in (("woman", "", None), ("man", "yes", 1), ("man", "no", 0)):
+        row = f"{header},department,hired\n31,{gender},master,3,90,sales,{label}"
+        pathlib.Path("new.csv").write_text(row)
+        person, = tasks.read("new.csv", task, labelled=False)
+        assert (person.values[1], person.y) == (gender, y)
+    pathlib.Path("new.csv").write_text(row.replace(",man,", ",,"))
+    with pytest.raises(InputError, match=r"line 2: gender is '\?'; a task has two"):
+        tasks.read("new.csv", task, labelled=False)
+
+
 @pytest.mark.parametrize("cell, text", [
     (" 25.0 ", "25"), ("", "?"), (None, "?"), ("NaN", "?"),
     ("two\n words", "two words"), ("2.50", "2.50"), ("-3.00", "-3")])
