@@ -31,6 +31,7 @@ from contextlib import contextmanager
 
 import adult
 from adult import InputError, load, split
+from beyond import tasks
 
 FORMAT = 4                    # raised when a run of before could not be gone on with
 SHOWN = ("acc", "dpd", "deo", "gap", "flip")
@@ -484,7 +485,6 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     the run's. InputError.
     """
     import lora
-    from beyond import tasks
     from beyond.load import load_model
     folder = pathlib.Path(folder)
     results = read_json(folder / "results.json")
@@ -562,7 +562,6 @@ def read_run(folder):
 
 def load_data(results, data=None):
     """The data of a run -> adult.Adult; InputError if it is another."""
-    from beyond import tasks
     data, task = data or results["config"].get("data"), results["config"].get("task")
     loaded = tasks.load(task, data) if task else load(data)
     if loaded.sha256 != results["data"]["sha256"]:
@@ -633,7 +632,7 @@ def measure_again(argv):
 
 def people_of(results, path):
     """A CSV file of the columns that a run's task has; labels need not be known."""
-    from beyond import people, tasks
+    from beyond import people
     task = tasks.of_run(results)
     if task is None:
         return people.read(path, labelled=False)
