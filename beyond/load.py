@@ -203,8 +203,8 @@ def choose_dtype(dtype, device, small):
 def attention(device):
     """Transformers' "eager" on a CPU; None is its own choice.
 
-    In bf16 torch's fused one makes a step a third to a half longer there, most of it in
-    the backward pass (python -m beyond.cost --model smollm2); in float32 they are alike.
+    In bf16 torch's fused one makes a step a third to a half longer there, most of it
+    in the backward pass (python -m beyond.cost --model smollm2); not so in float32.
     """
     return "eager" if device == "cpu" else None
 
