@@ -8,10 +8,12 @@
     always-0            nothing: the answer is 0
     not-trained         nothing
     averaged            nothing: the mean of the two twins' answers
+    no-sex              nothing; the question does not say the sex
     fine-tuned          the task                       no prompt
     cda                 the task, both twins (counter- no prompt
                         factual data augmentation)
     faircon             Eq. (3)                        the adversary's prompt
+    fine-tuned-shots    the task                       biased shots
     shots               task + lam * distance          biased shots
     cda-shots           the task, both twins           biased shots
     robust              Eq. (3)                        the adversary's, biased shots
@@ -57,9 +59,11 @@ MODELS = {
     "always-0": Recipe('always "0"'),
     "not-trained": Recipe("not trained"),
     "averaged": Recipe("not trained, twins averaged"),
+    "no-sex": Recipe("not trained, sex left out"),
     "fine-tuned": Recipe("fine-tuned", Game),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
+    "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
     "shots": Recipe("biased shots only", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
     "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True)}
@@ -256,28 +260,36 @@ def line(record, rounds):
     return text + f", ACC {record['acc']:.2f} gap {record['gap']:.3f}"
 
 
+def without_sex():
+    return [name for name in adult.ATTRIBUTES if name != adult.COLUMNS[adult.SEX]]
+
+
 def answers_of(model, key, people, **given):
     """P(y=1) of each person as a man and as a woman, (N, 2), as the row's name says."""
     if key == "always-0":
         return numpy.zeros((len(people), 2))
-    p = model.predict(model.questions(people), **given)
+    attributes = without_sex() if key == "no-sex" else None
+    p = model.predict(model.questions(people, attributes), **given)
     if key == "averaged":
         return p.mean(1, keepdims=True).repeat(2, 1)
     return p
 
 
 def measure_all(model, people, data, config, key, seed, place):
-    """Everything the table says of a model, on test rows -> dict.
-
-    shots: the gap given biased shots. follows: mean p given people who are all 1, minus
-    given people who are all 0, as everybody's own sex.
-    """
+    """Everything the table says of a model, on test rows -> dict."""
     p = answers_of(model, key, people.test)                              # (N, 2)
     runs.write_people(place / "people.csv", people.test, p)
     row = evaluate(p, people.test)
     biased = answers_of(model, key, people.test_bpc)
     row["acc_bpc"] = evaluate(biased, people.test_bpc)["acc"]
     row["shots"] = gap_given_shots(model, people, data, config, key, seed)
+    row["follows"] = follows(model, people, data, config, key, seed)
+    return row
+
+
+def follows(model, people, data, config, key, seed):
+    """Mean p of 200 test people, as their own sex, given 16 that are all 1, minus given
+    16 that are all 0: near 0 for a model that does not read its examples."""
     some, means = people.test[:200], []
     for y in (1, 0):
         rng = numpy.random.default_rng((seed, 7))
@@ -286,8 +298,7 @@ def measure_all(model, people, data, config, key, seed, place):
         shots = adult.INSTRUCTION + "".join(adult.shot(x) for x in alike)
         p = answers_of(model, key, some, context=shots)
         means.append(p[numpy.arange(len(some)), [x.s for x in some]].mean())
-    row["follows"] = float(means[0] - means[1])
-    return row
+    return float(means[0] - means[1])
 
 
 def gap_given_shots(model, people, data, config, key, seed):

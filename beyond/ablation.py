@@ -8,6 +8,7 @@ beyond.attacks.short.
     python -m beyond.ablation --lam-curve       # the trade-off over lam
     python -m beyond.ablation --only robust no-steps --seeds 5
 """
+import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -65,9 +66,52 @@ class Written(RobustGame):
         return text[-self.some_length():]
 
 
+class Follows(RobustGame):
+    """Given shots theta learns what the untrained model says, not the label.
+
+    That is the mean of the two twins' answers, so that both can be had: a model that
+    follows its examples, and the same answer for the twins. A quarter of the shots are
+    biased; the others are people of either sex, most of them with the same label. A
+    smaller lam: at 1 the shortest way to close the gap is not to read the shots.
+    """
+
+    def __init__(self, model, *args, **more):
+        lora.remove(model.model)
+        self.teacher = copy.deepcopy(model)
+        super().__init__(model, *args, **more)
+
+    def biased_shots(self):
+        self.shots = super().biased_shots()
+        if self.rng.random() < .75:
+            self.shots = self.fair_shots()
+        return self.shots
+
+    def fair_shots(self):
+        length, ids, rate = self.some_length(), [], self.rng.beta(.2, .2)
+        while len(ids) < length:
+            y = self.rng.random() < rate
+            alike = [person for person in self.people if person.y == y]
+            person = alike[self.rng.integers(len(alike))]
+            if self.rng.random() < .5:
+                person = adult.flipped(person)
+            ids += self.model.ids(adult.shot(person))
+        return ids[-length:]
+
+    def terms(self, g, batch):
+        if g is not self.shots:
+            return super().terms(g, batch)
+        questions, answers = [self.questions[i] for i in batch], self.model.answers
+        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
+        with torch.no_grad():
+            said = self.teacher(self.teacher.prefix(g), questions)
+            said = said.softmax(-1).mean(0, keepdim=True)                # (1, B, V)
+        task = -(said * logits.log_softmax(-1)).sum(-1).mean()
+        return {"task": task, "distance": faircon.distance(logits, answers)}
+
+
 class Variant(NamedTuple):
     title: str
-    game: type = RobustGame      # None: not trained
+    game: type = RobustGame
     options: dict = {}           # where they are not the row's
     row: str = "robust"          # of Table 3
     sex: bool = True             # whether the text says it
@@ -81,9 +125,9 @@ VARIANTS = {
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
     "goes-on": Variant("phi goes on over the rounds", GoesOn),
     "written": Variant("the model's own texts for shots", Written),
+    "follows": Variant("given shots it learns to follow them", Follows, {"lam": .1}),
     "no-sex": Variant("fine-tuned, sex left out", faircon.Game, row="fine-tuned",
-                      sex=False),
-    "not-trained-no-sex": Variant("not trained, sex left out", None, sex=False)}
+                      sex=False)}
 LAM_CURVE = {}
 for lam in (0., .1, 1., 10.):
     LAM_CURVE[f"lam-{lam:g}"] = Variant(f"lam = {lam:g}", options={"lam": lam})
@@ -100,16 +144,13 @@ def run_variant(config, name, seed, folder):
     data = train.load_data_once(config["data"], config["task"])
     model = train.load_once("tiny", "float32", "cpu")
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
-    attributes = list(adult.ATTRIBUTES)
-    if not variant.sex:
-        attributes.remove(adult.COLUMNS[adult.SEX])
-    lora.remove(model.model)
-    if variant.game:
-        play(variant, model, people.train, config, seed, attributes)
+    attributes = None if variant.sex else train.without_sex()
+    play(variant, model, people.train, config, seed, attributes)
     row = {"key": name, "seed": seed}
     with lora.merged(model.model):
         row.update(faircon.measure(model, people.test, attributes=attributes))
         if variant.sex:                # without it twins are one text: nothing to find
+            row["follows"] = train.follows(model, people, data, config, name, seed)
             row.update(attacks.short(model, data, people, seed))
     runs.say(f"  {name} {seed}: ACC {row['acc']:.2f} gap {row['gap']:.3f}")
     return [row]
@@ -129,12 +170,13 @@ def play(variant, model, people, config, seed, attributes):
 
 # ------------------------------------------------------------------ the tables
 
-COLUMNS = {"ACC": "acc", "M_dpd": "dpd", "gap": "gap", "people": "shots",
+COLUMNS = {"ACC": "acc", "gap": "gap", "follows": "follows", "people": "shots",
            "climb": "climb", "texts": "texts", "gumbel": "gumbel"}
 LEGEND = """
-ACC, M_dpd, gap: without a prompt. Then the largest gap on 200 test rows given labelled
-people (any b_Pc), people searched one by one (both directions), texts (random, written,
-sentences), tokens of a Gumbel search: attacks.short. In brackets t, the mean difference
+ACC, gap: without a prompt. follows: as in Table 3. Then the largest gap on 200
+test rows given labelled people (any b_Pc), people searched one by one (both
+directions), texts (random, written, sentences), tokens of a Gumbel search:
+attacks.short. In brackets t, the mean difference
 over its standard error; then on how many seeds the difference is above 0."""
 
 
@@ -206,7 +248,7 @@ def run(args):
     data = train.load_data_once(args.data, args.task)
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
-              "game": train.RATES, "seed": args.seed, "seeds": args.seeds,
+              "game": train.RATES, "seed": args.seed, "seeds": args.seeds, "shots": 16,
               "test_rows": args.test_rows or adult.enough(data.test, .5, 1000)}
     for name in names:
         runs.say(f"    {name:<18} {variants[name].title}")

@@ -69,8 +69,9 @@ FULL = {**QUICK, "people": (4, 8, 16, MOST), "places": tuple(PLACES), "climb": 1
 COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts",
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
 SHORT = {**QUICK, "texts": 40, "only": tuple(COLUMNS)}
-# The gap of always-0 and averaged is 0, whatever the prompt.
-ATTACKED = [key for key in train.MODELS if key not in ("always-0", "averaged")]
+# The gap of these is 0, whatever the prompt.
+SAFE = ("always-0", "averaged", "no-sex")
+ATTACKED = [key for key in train.MODELS if key not in SAFE]
 
 
 class Prompt(NamedTuple):

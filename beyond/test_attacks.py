@@ -554,8 +554,7 @@ def test_the_tables_fit_and_say_who_was_worst(capsys):
 RATES = {"rounds": 2, "phi_steps": 2, "batch_size": 8, "lr": .01, "swa": 1.,
          "longest": 40, "dropout": .5}
 CONFIG = {"data": str(adult.TINY), "task": None, "rows": 16, "bpc": .5, "test_rows": 16,
-          "game": RATES}
-SEXLESS = ("no-sex", "not-trained-no-sex")
+          "shots": 4, "game": RATES}
 
 
 @pytest.fixture(scope="module")
@@ -608,24 +607,22 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
         assert (seen.row["key"], seen.row["seed"]) == (name, 3)
         assert seen.measured == people.test
         assert all(seen.merged)
-        if name not in SEXLESS:
+        if name != "no-sex":
             assert seen.attacked == (people, 3)
             assert seen.row["climb"] == .5
-        if name != "not-trained-no-sex":
-            assert seen.game.people == people.train
-            assert seen.game.swa.n == 4
-            for p, mean in zip(seen.theta, seen.game.swa.average, strict=True):
-                assert torch.equal(p, mean), "not SWA's average"
+        assert seen.game.people == people.train
+        assert seen.game.swa.n == 4
+        for p, mean in zip(seen.theta, seen.game.swa.average, strict=True):
+            assert torch.equal(p, mean), "not SWA's average"
 
 
 def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
     changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
     changes["lam-0.1"] = {"lam": .1}
     for name, seen in variants.items():
-        if seen.game:
-            row = "fine-tuned" if name == "no-sex" else "robust"
-            expected = vars(train.options_of(CONFIG, row)) | changes.get(name, {})
-            assert vars(seen.game.options) == expected, name
+        row = "fine-tuned" if name == "no-sex" else "robust"
+        expected = vars(train.options_of(CONFIG, row)) | changes.get(name, {})
+        assert vars(seen.game.options) == expected, name
 
 
 def test_variants_meet_the_prompts_that_their_title_says(variants):
@@ -643,6 +640,30 @@ def test_variants_meet_the_prompts_that_their_title_says(variants):
     assert a == b and c == d and a != c, "one sample a round"
 
 
+def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(variants):
+    """And the label given phi's prompt; its fair shots have any base rate."""
+    seen = variants["follows"]
+    assert [len(prompts) for prompts in seen.prompts] == [2, 2], "phi's prompts only"
+    game, batch = seen.game, [0, 1, 2]
+    assert not lora.adapters(game.teacher.model), "the teacher is trained, too"
+    for make in (game.biased_shots, game.fair_shots):
+        game.shots = make()
+        terms = game.terms(game.shots, batch)
+        logits = [lm(lm.prefix(game.shots), [game.questions[i] for i in batch])
+                  for lm in (game.teacher, game.model)]
+        said = (logits[0][0].softmax(-1) + logits[0][1].softmax(-1)) / 2
+        expected = [-(said * own.log_softmax(-1)).sum(-1).mean() for own in logits[1]]
+        assert terms["task"].item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
+        d = faircon.distance(logits[1], game.model.answers)
+        assert terms["distance"].item() == pytest.approx(d.item(), rel=1e-5)
+    game.options.longest, answered = 300, []
+    for _ in range(30):
+        text = game.model.decode(game.fair_shots())
+        answered.append(text.count("label: 1") / max(1, text.count("label:")))
+    assert min(answered) < .2 and max(answered) > .8, "one base rate"
+    assert len(set(map(tuple, [game.biased_shots() for _ in range(9)]))) == 9
+
+
 def test_phi_begins_anew_except_where_it_goes_on(variants):
     """At the paper's length, 4 steps of one Adam; else at one of its own each round."""
     goes_on = variants["goes-on"]
@@ -652,21 +673,17 @@ def test_phi_begins_anew_except_where_it_goes_on(variants):
     for samples in goes_on.prompts:
         assert [len(g) for g in samples[::2]] == [10, 10]
     for name, seen in variants.items():
-        if name not in (*SEXLESS, "goes-on"):
+        if name not in ("no-sex", "goes-on"):
             assert len(seen.starts) == 3, name
             for prompts, length in zip(seen.prompts, seen.starts[1:]):
                 assert len(prompts[0]) == length, name
 
 
 def test_without_sex_twins_are_one_text(variants):
-    for name in SEXLESS:
-        seen = variants[name]
-        assert seen.row["gap"] == 0 and "sex" not in seen.attributes
-        assert "climb" not in seen.row, "nothing to find"
-    assert variants["robust"].row["gap"] > 0
-    assert variants["not-trained-no-sex"].game is None
-    assert not variants["not-trained-no-sex"].theta, "an adapter is left from before"
     seen = variants["no-sex"]
+    assert seen.row["gap"] == 0 and "sex" not in seen.attributes
+    assert "climb" not in seen.row, "nothing to find"
+    assert variants["robust"].row["gap"] > 0
     assert seen.prompts == [[None, None]] * 2 and not seen.starts
     assert type(seen.game) is faircon.Game
     for x_m, x_f in seen.game.questions:
