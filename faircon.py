@@ -57,6 +57,7 @@ class LanguageModel:
 
     Plumbing; first read `task`, `distance`, Adversary and Game.
     """
+    before = after = ""       # a chat template's texts around all this: beyond/chat.py
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
@@ -90,6 +91,10 @@ class LanguageModel:
         differently when an answer follows.
         """
         return self.ids(f"{text} {adult.ANSWERS[0]}")[:-1]
+
+    def whole(self, text):
+        """The tokens of a prompt and a question as one text, BOS included."""
+        return self.bos + self.question(text)
 
     def questions(self, people, attributes=None):
         """-> for each person the tokens of x_m and of x_f."""

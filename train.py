@@ -127,6 +127,8 @@ def parser():
                    help="tiny, smollm2, or a directory, a .gguf file or a hub id of a "
                    "causal language model with q_proj and v_proj (paper "
                    "EleutherAI/gpt-neo-1.3B)")
+    g.add_argument("--chat", action="store_true",
+                   help="ask in the model's chat template: beyond/chat.py")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the frozen weights")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -188,12 +190,12 @@ def load_data_once(directory, task=None):
     return read_once(directory, task)
 
 
-def load_once(name, dtype, device):
+def load_once(name, dtype, device, chat=False):
     """One model a process; "auto" and what it was resolved to are the same."""
-    asked = (device, adult.OPENING, adult.INSTRUCTION, adult.ANSWERS)
+    asked = (device, chat, adult.OPENING, adult.INSTRUCTION, adult.ANSWERS)
     if (name, dtype, asked) not in loaded:
         loaded.clear()
-        model = load_model(name, dtype, device)
+        model = load_model(name, dtype, device, chat)
         loaded[name, dtype, asked] = loaded[name, model.computed_in, asked] = model
     return loaded[name, dtype, asked]
 
@@ -201,7 +203,7 @@ def load_once(name, dtype, device):
 def load_both(config):
     """A job's model and people; the task first, since a model is asked about it."""
     data = load_data_once(config["data"], config["task"])
-    return load_once(*config["model"]), data
+    return load_once(*config["model"], config["chat"]), data
 
 
 def train_model(config, key, seed, folder):
@@ -388,7 +390,7 @@ def prepare(args):
     """
     config = {name: getattr(args, name) for name in (
         "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
-        "seed")}
+        "seed", "chat")}
     config["game"], config["models"] = given_options(args), models_of(args)
     options = [options_of(config, key) for key in MODELS][-1]              # robust's
     exact = {1: 8, 2: 16}.get(args.table, 2)       # a multiple of it has every b_Pc
@@ -407,7 +409,7 @@ def prepare(args):
     file, digest = next(iter(data.sha256.items()))
     say(f"data    {data.source}\n        {len(data.train)} and {len(data.test)} rows; "
         f"{file} has sha256 {digest[:16]}...")
-    model = load_once(args.model, args.dtype, args.device)
+    model = load_once(args.model, args.dtype, args.device, args.chat)
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
@@ -431,7 +433,8 @@ def show_untrained(model, people):
     """One question, and what the model answers before anything is trained."""
     say(f"\na question (x_m; its twin x_f says {adult.SEXES[1]}), answered by the next "
         "token:\n")
-    for part in adult.twins(people[0])[0].splitlines():
+    text = adult.INSTRUCTION + adult.twins(people[0])[0]
+    for part in (model.before + text + model.after).splitlines():
         say(textwrap.indent(textwrap.fill(part, 84), "    "))
     with torch.no_grad():
         p = model(model.prefix(), model.questions(people[:20])).softmax(-1)  # (2, B, V)

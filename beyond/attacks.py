@@ -221,9 +221,13 @@ def text_of(model, g):
 
 
 def survives(model, g):
-    """Whether a prompt is text: decoded and encoded again it is the same tokens."""
-    rest = model.ids("\n") + model.ids(adult.INSTRUCTION)
-    return model.ids(text_of(model, g)) == list(g) + rest
+    """Whether a prompt is text: decoded and encoded again it is the same tokens.
+
+    As a whole, with a question: a chat template may strip what begins a user's turn.
+    """
+    question = f"{adult.OPENING}\nlabel:"
+    rest = model.ids("\n") + model.ids(adult.INSTRUCTION) + model.question(question)
+    return model.whole(text_of(model, g) + question) == model.bos + list(g) + rest
 
 
 def token_prompt(model, scored, path=()):

@@ -5,6 +5,9 @@
                   Apache 2.0): 4-bit weights, which transformers turns into float32
     FILE.gguf     any GGUF file that transformers reads; needs the package gguf
     FOLDER, ID    what from_pretrained reads; no code that comes with a model is run
+
+With chat=True it is asked in its chat template (beyond/chat.py), which then counts in
+sha256.
 """
 import ctypes
 import hashlib
@@ -20,6 +23,7 @@ import transformers
 import adult
 import lora
 from adult import InputError
+from beyond.chat import Chat
 from faircon import LanguageModel
 
 SMALL = 512                   # hidden size below which one thread is as good as two
@@ -31,7 +35,7 @@ SETTINGS = ("config.json", "tokenizer.json")
 SWITCHING = ("longrope", "dynamic")
 
 
-def load_model(name, dtype="auto", device="auto"):
+def load_model(name, dtype="auto", device="auto", chat=False):
     """-> LanguageModel, and in it:
 
     computed_in, why    the dtype of its blocks, and the reason for it
@@ -69,14 +73,15 @@ def load_model(name, dtype="auto", device="auto"):
                          "causal language model: download it again.")
     if small:
         torch.set_num_threads(1)       # so that results do not depend on the cores
-    model = LanguageModel(network.to(device).eval(), tokenizer)
+    model = (Chat if chat else LanguageModel)(network.to(device).eval(), tokenizer)
     # The network's config: building it completes what an older config.json lacks.
     model.window = min(model.window, switching_at(network.config))
     try_out(model, name)
     lora.projections(network)                        # InputError before any other work
     threads = torch.get_num_threads()
     model.small, model.computed_in = small, dtype
-    model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"))
+    template = model.before + model.after
+    model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"), template)
     model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
     model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
     model.why = why
@@ -155,7 +160,7 @@ def try_out(model, name):
                          "model.") from None
 
 
-def sha256(place, tokenizer, file=None):
+def sha256(place, tokenizer, file=None, template=""):
     """Of weights and settings as they lie on disk, whatever dtype they are loaded in.
 
     file: the only one of the folder that counts, such as one GGUF of several.
@@ -170,6 +175,7 @@ def sha256(place, tokenizer, file=None):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    digest.update(template.encode())
     return digest.hexdigest()
 
 

@@ -295,6 +295,7 @@ def compare(folder, depends_on):
     data are compared by their sha256, and the dtype is the run's.
     """
     flat, saved = flatten(depends_on), flatten(read_json(folder / "run.json"))
+    saved.setdefault("config chat", False)                       # older runs: no field
     for name in flat:
         moved = name in ("config model", "config data", "config task")
         if moved or flat[name] == saved.get(name):
@@ -491,7 +492,8 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     row = find_row(results, folder, key, seed)
     name, trained_in, _ = results["config"]["model"]
     tasks.of_run(results)
-    model = load_model(model_path or name, dtype or trained_in, device)
+    chat = results["config"].get("chat", False)                  # older runs: no field
+    model = load_model(model_path or name, dtype or trained_in, device, chat)
     if model.sha256 != results["model"]["sha256"]:
         raise InputError(f"{model_path or name} is not the model of {folder} (another "
                          "sha256); give the one it was made with.")

@@ -688,7 +688,7 @@ def test_a_run_goes_on_on_another_machine(interrupted, never, here, monkeypatch,
     said = capsys.readouterr().out
     for note in ("versions cpu was AVX9", "computed in was on a GPU and is now"):
         assert note in said
-    assert loads == [("model", "float32", "cpu")], "once, in the run's dtype"
+    assert loads == [("model", "float32", "cpu", False)], "once, in the run's dtype"
     assert results_of("runs/cut")["rows"] == never["rows"]
 
 

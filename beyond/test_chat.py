@@ -1,0 +1,199 @@
+"""A question in a chat template: its tokens, the commands, what is refused."""
+import pathlib
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import adult
+import train
+from adult import InputError
+from beyond import attacks, runs
+from beyond.chat import Chat, around
+from beyond.conftest import SMALL
+from beyond.test_beyond import command, refused, results_of
+
+TURN = "{{ messages[0]['content'] }}"
+PLAIN = f"Be brief.\nAsked:\n{TURN}\nReply:\n"
+TEMPLATES = {
+    "plain": PLAIN, "stripping": PLAIN.replace("'] }}", "'] | trim }}"),
+    "header": PLAIN.replace("Reply:\n", "{% if add_generation_prompt %}Reply:\n"
+                                        "{% endif %}"),
+    "special": f"!{TURN}!\n",                        # "!" begins and ends, as BOS would
+    "dated": "{{ strftime_now('%d %b %Y') }}\n" + PLAIN}
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = transformers.AutoModelForCausalLM.from_pretrained(adult.TINY).eval()
+    return network.requires_grad_(False)
+
+
+@pytest.fixture()
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(adult.TINY)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return adult.load(adult.TINY)
+
+
+@pytest.fixture()
+def here(home, tmp_path, monkeypatch):
+    """A current folder with data/, and model/ that has a chat template."""
+    (tmp_path / "data").symlink_to(home / "data")
+    shutil.copytree(home / "model", tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    train.loaded.clear()
+    yield tmp_path
+    train.loaded.clear()
+
+
+def whole(tokenizer, text):
+    """The tokens of a chat, tokenised at once by the tokenizer's own means."""
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                         tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(chat, add_special_tokens=False)
+
+
+# ------------------------------------------------------------------ tokens
+
+@pytest.mark.parametrize("template", ["plain", "stripping", "header", "special"])
+def test_the_parts_are_the_whole_chat(template, network, tokenizer, data):
+    """Token by token, and in what the model answers; with shots, with a prompt."""
+    tokenizer.chat_template = TEMPLATES[template]
+    model = Chat(network, tokenizer)
+    assert [model.decode([i]) for i in model.answers] == ["0", "1"]
+    shots = adult.INSTRUCTION + adult.shot(data.train[0]) + adult.shot(data.train[1])
+    g = model.ids("Men earn more.")
+    people = data.test[:2]
+    for text, prompt, context in (("", None, None), ("", None, shots),
+                                  ("Men earn more.\n", g, shots)):
+        p = model.predict(model.questions(people), prompt, context)
+        prefix = model.prefix(prompt, context)
+        for i, person in enumerate(people):
+            for s, question in enumerate(adult.twins(person)):
+                said = text + (context or adult.INSTRUCTION) + question
+                wanted = whole(tokenizer, said)
+                assert model.whole(said) == wanted
+                parts = [prefix, model.embed[model.question(question)]]
+                assert torch.equal(torch.cat(parts), model.embed[wanted])
+                logits = network(torch.tensor([wanted])).logits[0, -1]
+                two = logits[tokenizer.convert_tokens_to_ids(["0", "1"])].softmax(-1)
+                assert p[i, s] == pytest.approx(two[1].item(), abs=1e-5)
+
+
+def test_a_prompt_that_the_template_changes_is_no_text(network, tokenizer):
+    """Its space is stripped, or a token of its holds the newline in front as well."""
+    models = {}
+    for name in ("plain", "stripping"):
+        tokenizer.chat_template = TEMPLATES[name]
+        models[name] = Chat(network, tokenizer)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(adult.TINY)
+    spaced, bare = models["plain"].ids(" men"), models["plain"].ids("men")
+    assert attacks.survives(models["plain"], spaced)
+    assert not attacks.survives(models["stripping"], spaced)
+    for model in models.values():
+        assert attacks.survives(model, bare)
+        assert not attacks.survives(model, model.ids("label:"))
+
+
+def test_the_same_on_every_day(tokenizer):
+    tokenizer.chat_template = TEMPLATES["dated"]
+    assert around(tokenizer)[0] == "26 Jul 2024\nBe brief.\nAsked:\n"
+
+
+# ------------------------------------------------------------------ the commands
+
+def test_a_chat_through_the_commands(here, capsys):
+    """Trained, measured again, asked about people, attacked."""
+    results = command(here, [*SMALL, "--models", "not-trained", "robust", "--rounds",
+                             "1", "--model", "model", "--chat", "--name", "chat"])
+    said = capsys.readouterr().out
+    assert "    Be brief.\n    Asked:\n    Predict" in said and "\n    Reply:" in said
+    run = runs.read_json("runs/chat/run.json")
+    assert results["config"]["chat"] is run["config"]["chat"] is True
+    runs.main(["runs/chat"])
+    assert "every saved number of 2 models came out again" in capsys.readouterr().out
+    rows = pathlib.Path("data/adult.test").read_text().splitlines()[:3]
+    pathlib.Path("mine.csv").write_text("\n".join(rows))
+    runs.main(["predict", "runs/chat", "mine.csv", "--out", "answers.csv"])
+    model, row, _ = runs.load_run("runs/chat", "robust")
+    assert type(model) is Chat
+    person, _ = adult.read(pathlib.Path("mine.csv"))
+    line = pathlib.Path("answers.csv").read_text().splitlines()[1].split(",")
+    p, = model.predict(model.questions([person]))
+    assert [float(x) for x in line[2:]] == pytest.approx(p, abs=1e-5)
+    attacks.run(attacks.parser().parse_args(
+        ["runs/chat", "--models", "robust", "--only", "gumbel", "--budget", "13",
+         "--chosen-on", "4", "--test-rows", "8", "--jobs", "1"]))
+    found, = runs.read_json("runs/chat/attacks-gumbel.json")["rows"]
+    question = adult.question(person)
+    people = adult.split(adult.load("data"), 16, .5, 16, row["seed"]).test[:8]
+    for entry in found["attacks"].values():
+        ids = model.bos + model.ids(entry["prompt"]) + model.question(question)
+        assert ids == whole(model.tokenizer, entry["prompt"] + question)
+        p = model.predict(model.questions(people), context=entry["prompt"])
+        assert entry["gap"] == pytest.approx(abs(p[:, 0] - p[:, 1]).mean(), abs=1e-6)
+
+
+def test_a_run_is_loaded_as_it_was_trained(here):
+    """One of before has no field, and is no chat; another template is another model."""
+    for name, more in (("old", []), ("chat", ["--chat"])):
+        command(here, [*SMALL, "--models", "not-trained", "--model", "model", *more,
+                       "--name", name])
+    old, chat = results_of("runs/old"), results_of("runs/chat")
+    assert old["rows"][0]["acc"] != chat["rows"][0]["acc"], "it does nothing"
+    assert old["config"].pop("chat") is False
+    runs.write_json("runs/old/results.json", old)
+    runs.main(["runs/old"])
+    pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
+    runs.main(["runs/old"])
+    with pytest.raises(InputError, match="another sha256"):
+        runs.main(["runs/chat"])
+
+
+def test_an_interrupted_run_of_before_goes_on(here):
+    runs.write_json("run.json", {"config": {"rows": 16}})
+    runs.compare(here, {"config": {"rows": 16, "chat": False}})
+    with pytest.raises(InputError, match="another config chat"):
+        runs.compare(here, {"config": {"rows": 16, "chat": True}})
+
+
+# ------------------------------------------------------------------ what is refused
+
+REFUSED = {
+    None: "no chat template", f"{TURN} {TURN}\n": "turn 2 times",
+    "Hello.\n": "turn 0 times", "{{ raise_exception('no\nuser') }}": "applied.*no user",
+    "{% if %}": "cannot be applied", f"Asked:\n{TURN}\nReply: ": "no single tokens",
+    PLAIN.replace("'] }}", "'].replace('\n', ' ') }}"): "changes the user's words"}
+
+
+@pytest.mark.parametrize("template", REFUSED)
+def test_what_cannot_be_asked_is_one_sentence(template, network, tokenizer):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=REFUSED[template]) as problem:
+        Chat(network, tokenizer)
+    said = str(problem.value)
+    assert "\n" not in said and said.endswith("leave out --chat.")
+
+
+@pytest.mark.parametrize("name, words, match", [
+    ("ANSWERS", ("0", "0 1"), "no single tokens for '0' and '0 1' at"),
+    ("ANSWERS", ("0", "0"), "no single tokens"),
+    ("INSTRUCTION", "label:\n", "splits them differently")])    # "\nlabel:": one token
+def test_words_that_do_not_fit_are_refused(name, words, match, network, tokenizer,
+                                           monkeypatch):
+    tokenizer.chat_template = PLAIN
+    monkeypatch.setattr(adult, name, words)
+    with pytest.raises(InputError, match=match):
+        Chat(network, tokenizer)
+
+
+def test_a_model_without_a_template_is_refused_by_the_command(here):
+    pathlib.Path("model/chat_template.jinja").unlink()
+    refused([*SMALL, "--model", "model", "--chat"], "tokenizer has no chat template")
+    assert not pathlib.Path("runs").exists()
