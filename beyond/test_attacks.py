@@ -70,7 +70,7 @@ class Planted:
     """
     V = 1000
     device = torch.device("cpu")
-    answers = torch.tensor([0, 1])
+    bos, answers = [], torch.tensor([0, 1])
     embed = torch.eye(V)
     usable = list(range(900))
     mask = torch.zeros(V)
@@ -88,6 +88,8 @@ class Planted:
     def ids(self, text):
         numbers = [int(word) for word in text.split() if word.isdigit()]
         return [i for i in numbers if i != 850]
+
+    question = whole = ids
 
     def decode(self, ids):
         return " ".join(str(i) for i in ids)
