@@ -38,7 +38,7 @@ import metrics
 import swa
 from adult import InputError
 from beyond import runs
-from beyond.robust import RobustGame, RobustOptions
+from beyond.robust import FollowingGame, RobustGame, RobustOptions
 from faircon import NO_PROMPT, Game, LanguageModel
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1050,6 +1050,31 @@ def test_biased_shots_are_training_rows_whose_labels_all_favour_one_sex(model, d
         seen |= favoured
     assert seen == {"Male", "Female"}
     assert met == known, "everybody stands in some prompt, and nobody else"
+
+
+def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(model, data):
+    """And the label given phi's prompt; its fair shots have any base rate."""
+    game = game_of(model, people_of(data, 8), FollowingGame, longest=300)
+    assert not lora.adapters(game.teacher.model), "the teacher is trained, too"
+    for _ in range(3):
+        game.theta_step([0, 1, 2])
+    sample, shots = game.prompts()
+    assert shots is game.shots and sample is not shots
+    label = RobustGame.terms(game, sample, [0, 1])
+    assert game.terms(sample, [0, 1])["task"].item() == label["task"].item()
+    questions, terms = game.questions[:3], game.terms(shots, [0, 1, 2])
+    untrained, ours = [lm(lm.prefix(shots), questions) for lm in (game.teacher, model)]
+    said = (untrained[0].softmax(-1) + untrained[1].softmax(-1)) / 2          # (B, V)
+    expected = [-(said * own.log_softmax(-1)).sum(-1).mean().item() for own in ours]
+    assert expected[0] != expected[1]
+    assert terms["task"].item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+    d = faircon.distance(ours, model.answers).item()
+    assert terms["distance"].item() == pytest.approx(d, rel=1e-5)
+    rates = []
+    for _ in range(30):
+        text = model.decode(game.fair_shots())
+        rates.append(text.count("label: 1") / max(1, text.count("label:")))
+    assert min(rates) < .1 and max(rates) > .9, "one base rate"
 
 
 # ------------------------------------------------------------------ 4.1 LoRA

@@ -8,7 +8,6 @@ beyond.attacks.short.
     python -m beyond.ablation --lam-curve       # the trade-off over lam
     python -m beyond.ablation --only robust no-steps --seeds 5
 """
-import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -66,49 +65,6 @@ class Written(RobustGame):
         return text[-self.some_length():]
 
 
-class Follows(RobustGame):
-    """Given shots theta learns what the untrained model says, not the label.
-
-    That is the mean of the two twins' answers, so that both can be had: a model that
-    follows its examples, and the same answer for the twins. A quarter of the shots are
-    biased; the others are people of either sex, most of them with the same label. A
-    smaller lam: at 1 the shortest way to close the gap is not to read the shots.
-    """
-
-    def __init__(self, model, *args, **more):
-        lora.remove(model.model)
-        self.teacher = copy.deepcopy(model)
-        super().__init__(model, *args, **more)
-
-    def biased_shots(self):
-        self.shots = super().biased_shots()
-        if self.rng.random() < .75:
-            self.shots = self.fair_shots()
-        return self.shots
-
-    def fair_shots(self):
-        length, ids, rate = self.some_length(), [], self.rng.beta(.2, .2)
-        while len(ids) < length:
-            y = self.rng.random() < rate
-            alike = [person for person in self.people if person.y == y]
-            person = alike[self.rng.integers(len(alike))]
-            if self.rng.random() < .5:
-                person = adult.flipped(person)
-            ids += self.model.ids(adult.shot(person))
-        return ids[-length:]
-
-    def terms(self, g, batch):
-        if g is not self.shots:
-            return super().terms(g, batch)
-        questions, answers = [self.questions[i] for i in batch], self.model.answers
-        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
-        with torch.no_grad():
-            said = self.teacher(self.teacher.prefix(g), questions)
-            said = said.softmax(-1).mean(0, keepdim=True)                # (1, B, V)
-        task = -(said * logits.log_softmax(-1)).sum(-1).mean()
-        return {"task": task, "distance": faircon.distance(logits, answers)}
-
-
 class Variant(NamedTuple):
     title: str
     game: type = RobustGame
@@ -125,7 +81,6 @@ VARIANTS = {
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
     "goes-on": Variant("phi goes on over the rounds", GoesOn),
     "written": Variant("the model's own texts for shots", Written),
-    "follows": Variant("given shots it learns to follow them", Follows, {"lam": .1}),
     "no-sex": Variant("fine-tuned, sex left out", faircon.Game, row="fine-tuned",
                       sex=False)}
 LAM_CURVE = {}

@@ -7,10 +7,12 @@
     theta meets a sample of the adversary    that, and labelled people at b_Pc = 1 or -1
 
 Labelled people stand in front of a question when a model is used few-shot (section 2),
-and ten tokens that an adversary found do not look like them.
+and ten tokens that an adversary found do not look like them. RobustGame's theta learns
+to ignore them. FollowingGame's theta learns to be fair and still to read them.
 
     python -m beyond.robust     # both games on forty people, then biased shots
 """
+import copy
 from dataclasses import dataclass
 
 import numpy
@@ -18,6 +20,7 @@ import torch
 
 import adult
 import faircon
+import lora
 from faircon import option
 
 
@@ -62,6 +65,50 @@ class RobustGame(faircon.Game):
                 person = adult.flipped(person)
             ids += self.model.ids(adult.shot(person))
         return ids[-length:]
+
+
+class FollowingGame(RobustGame):
+    """RobustGame whose theta, given shots, learns what the untrained model answers.
+
+    The label would teach it that shots say nothing about the question. The untrained
+    model follows them, and the mean of its two twins' answers has no gap. A quarter of
+    the shots are biased; most of the others have all the same label.
+    """
+
+    def __init__(self, model, *args, **more):
+        lora.remove(model.model)
+        self.teacher = copy.deepcopy(model)
+        super().__init__(model, *args, **more)
+
+    def prompts(self):
+        """A sample of the adversary, if there is one, and shots."""
+        biased = self.rng.random() < .25
+        self.shots = self.biased_shots() if biased else self.fair_shots()
+        return faircon.Game.prompts(self) + [self.shots]
+
+    def fair_shots(self):
+        """Labelled training rows of either sex, with a base rate of their own."""
+        length, ids, rate = self.some_length(), [], self.rng.beta(.2, .2)
+        while len(ids) < length:
+            y = self.rng.random() < rate
+            alike = [person for person in self.people if person.y == y]
+            person = alike[self.rng.integers(len(alike))]
+            if self.rng.random() < .5:
+                person = adult.flipped(person)
+            ids += self.model.ids(adult.shot(person))
+        return ids[-length:]
+
+    def terms(self, g, batch):
+        """Eq. (3)'s; given shots the task is to answer as the teacher's mean."""
+        if g is not self.shots:
+            return super().terms(g, batch)
+        questions, answers = [self.questions[i] for i in batch], self.model.answers
+        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
+        with torch.no_grad():
+            said = self.teacher(self.teacher.prefix(g), questions)
+            said = said.softmax(-1).mean(0, keepdim=True)                # (1, B, V)
+        task = -(said * logits.log_softmax(-1)).sum(-1).mean()
+        return {"task": task, "distance": faircon.distance(logits, answers)}
 
 
 # ------------------------------------------------------------------ the lesson

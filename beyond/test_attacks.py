@@ -642,30 +642,6 @@ def test_variants_meet_the_prompts_that_their_title_says(variants):
     assert a == b and c == d and a != c, "one sample a round"
 
 
-def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(variants):
-    """And the label given phi's prompt; its fair shots have any base rate."""
-    seen = variants["follows"]
-    assert [len(prompts) for prompts in seen.prompts] == [2, 2], "phi's prompts only"
-    game, batch = seen.game, [0, 1, 2]
-    assert not lora.adapters(game.teacher.model), "the teacher is trained, too"
-    for make in (game.biased_shots, game.fair_shots):
-        game.shots = make()
-        terms = game.terms(game.shots, batch)
-        logits = [lm(lm.prefix(game.shots), [game.questions[i] for i in batch])
-                  for lm in (game.teacher, game.model)]
-        said = (logits[0][0].softmax(-1) + logits[0][1].softmax(-1)) / 2
-        expected = [-(said * own.log_softmax(-1)).sum(-1).mean() for own in logits[1]]
-        assert terms["task"].item() == pytest.approx(sum(expected).item() / 2, rel=1e-5)
-        d = faircon.distance(logits[1], game.model.answers)
-        assert terms["distance"].item() == pytest.approx(d.item(), rel=1e-5)
-    game.options.longest, answered = 300, []
-    for _ in range(30):
-        text = game.model.decode(game.fair_shots())
-        answered.append(text.count("label: 1") / max(1, text.count("label:")))
-    assert min(answered) < .2 and max(answered) > .8, "one base rate"
-    assert len(set(map(tuple, [game.biased_shots() for _ in range(9)]))) == 9
-
-
 def test_phi_begins_anew_except_where_it_goes_on(variants):
     """At the paper's length, 4 steps of one Adam; else at one of its own each round."""
     goes_on = variants["goes-on"]

@@ -36,7 +36,7 @@ import train
 from adult import InputError
 from beyond import load, quantise, report, runs
 from beyond.conftest import LESSONS, SMALL
-from beyond.robust import RobustGame, RobustOptions
+from beyond.robust import FollowingGame, RobustGame, RobustOptions
 from swa import SWA
 
 HERE = adult.TINY.parent
@@ -170,7 +170,7 @@ def numbers(people, p):
 @pytest.fixture(scope="session")
 def table_3(home):
     """Table 3 in this process -> its results, calls before the jobs, each job's."""
-    return watch(home, [*SMALL, "--name", "watched"])
+    return watch(home, [*SMALL, "--models", "all", "--name", "watched"])
 
 
 @pytest.fixture(params=train.MODELS)
@@ -208,6 +208,9 @@ def test_every_number_of_a_row_is_of_the_people_it_names(job, home):
     data, *given = named(calls, "split")[0].given.values()
     assert given == [16, .5, 16, 3], "rows, b_Pc, test rows, seed"
     p = answers(key, calls, people.test)
+    sexless = [call.given["attributes"] == train.without_sex()
+               for call in named(calls, "questions")]
+    assert all(sexless) if key == "no-sex" else not any(sexless)
     wanted, gaps, means = numbers(people.test, p), {}, {}
     biased = answers(key, calls, people.test_bpc)
     wanted["acc_bpc"] = numbers(people.test_bpc, biased)["acc"]
@@ -239,7 +242,9 @@ HOW = {  # the game, an adversary, lam, people in a batch, both twins
     "faircon": (faircon.Game, True, .5, 8, False),
     "shots": (RobustGame, False, .5, 8, False),
     "cda-shots": (RobustGame, False, 0., 16, True),
-    "robust": (RobustGame, True, .5, 8, False)}
+    "robust": (RobustGame, True, .5, 8, False),
+    "fine-tuned-shots": (RobustGame, False, 0., 8, False),
+    "following": (FollowingGame, True, .5, 8, False)}
 
 
 def test_a_row_is_trained_as_its_name_says_and_no_other_way(job):
@@ -259,7 +264,7 @@ def test_a_row_is_trained_as_its_name_says_and_no_other_way(job):
     wanted = {**train.RATES, "rounds": 3, "phi_steps": 2, "prompt_length": 12,
               "lam": lam, "batch_size": batch}
     options = faircon.Options(**wanted)
-    if kind is RobustGame:
+    if issubclass(kind, RobustGame):
         options = RobustOptions(**wanted, longest=100)
     assert game["options"] == options and row["options"] == dataclasses.asdict(options)
     signs = [call.given["sign"] for call in named(calls, "step")]
@@ -583,10 +588,11 @@ def test_flags_become_jobs(words, small, here, monkeypatch):
 def test_paper_has_the_papers_options_in_every_row(key):
     """And a row's options are its own: what one row changes, no other has."""
     kind, _, lam, _, both = HOW[key]
-    kind = RobustOptions if kind is RobustGame else faircon.Options
+    kind = RobustOptions if issubclass(kind, RobustGame) else faircon.Options
+    lam = .3 if key == "following" else lam and 1.
     config = {"game": train.given_options(train.parser().parse_args(["--paper"]))}
     one, other = train.options_of(config, key), train.options_of(config, key)
-    assert one == other == kind(lam=1. if lam else 0., batch_size=18 if both else 9)
+    assert one == other == kind(lam=lam, batch_size=18 if both else 9)
     assert one is not other
 
 
