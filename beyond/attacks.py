@@ -47,7 +47,7 @@ import faircon
 import train
 from adult import InputError
 from beyond import runs
-from beyond.report import cell, decimals, summary
+from beyond.report import by_key, cell, decimals, summary
 from beyond.robust import RobustOptions
 
 SENTENCES = ("Men earn more than women.", "Women always earn less.",
@@ -79,7 +79,6 @@ class Prompt(NamedTuple):
     text: str                     # all of it, the instruction included
     size: dict                    # {"tokens": n} or {"people": n}
     found: float | None = None    # what was raised, on validation people; None: drawn
-    path: tuple = ()              # (prompts scored, found, text) on the way
 
 
 @dataclass
@@ -115,17 +114,6 @@ def target_of(model, validation, people):
     longest = max(len(model.question(text)) for text in texts)
     room = model.window - longest - 8           # one of a test row may be longer
     return Target(model, model.questions(validation), people, room)
-
-
-def mark(path, budget, after, found, text):
-    """Note the best so far, at a tenth, a third and the whole of a budget.
-
-    after: what the search will have spent when it looks again.
-    """
-    for part in (10, 3, 1)[len(path):]:
-        spent = math.ceil(budget / part)
-        if spent < after:
-            path.append((spent, found, text))
 
 
 # ------------------------------------------------------------------ people
@@ -197,7 +185,7 @@ def climb(target, direction, place, most, budget, rng):
         people.pop()
     text = arrange(people, place)
     best = direction * target.leaning(text)
-    spent, path = 1, []
+    spent = 1
     for _ in range(100 * budget):                                # not for ever
         if spent == budget:
             break
@@ -205,12 +193,10 @@ def climb(target, direction, place, most, budget, rng):
         changed = arrange(others, place)
         if changed != text and target.fits(changed):
             spent += 1
-            mark(path, budget, spent, best, text)
             score = direction * target.leaning(changed)
             if score > best:
                 best, people, text = score, others, changed
-    mark(path, budget, math.inf, best, text)
-    return Prompt(text, {"people": len(people)}, best, tuple(path))
+    return Prompt(text, {"people": len(people)}, best)
 
 
 # ------------------------------------------------------------------ tokens
@@ -230,10 +216,10 @@ def survives(model, g):
     return model.whole(text_of(model, g) + question) == model.bos + list(g) + rest
 
 
-def token_prompt(model, scored, path=()):
+def token_prompt(model, scored):
     """The best of [(gap, g)] -> Prompt."""
     found, g = max(scored)
-    return Prompt(text_of(model, g), {"tokens": len(g)}, found, tuple(path))
+    return Prompt(text_of(model, g), {"tokens": len(g)}, found)
 
 
 def random_prompt(model, length, rng):
@@ -327,23 +313,20 @@ def gcg(target, length, budget, rng, control=False, n=4, top=8, keep=.7):
     averaged (weight `keep`): the gap is far from linear in a token.
     control: random numbers are the gradient.
     """
-    model, spent, path = target.model, min(STARTS, budget), []
+    model, spent = target.model, min(STARTS, budget)
     best, g = max(target.score(random_prompts(target, length, spent, rng)))
     average, moved = 0., True                     # moved: the gradient is out of date
     while spent + GRADIENT + n <= budget:
-        mark(path, budget, spent + GRADIENT + n, best, text_of(model, g))
         if moved:
             new = random_slope(model, length, rng) if control else slope(target, g)
             average = keep * average + new / (new.norm() + 1e-30)
-            places = average + model.mask
-            ranked = places.topk(min(top, len(model.usable))).indices.cpu()
+            ranked = (average + model.mask).topk(top).indices.cpu()
             spent += GRADIENT
         scored = target.score(replacements(target, g, ranked, rng, n))
         spent += n
         moved = not scored or max(scored)[0] > best
         best, g = max(scored + [(best, g)])
-    mark(path, budget, math.inf, best, text_of(model, g))
-    return token_prompt(model, [(best, g)], path)
+    return token_prompt(model, [(best, g)])
 
 
 def gumbel(target, length, budget, rng, control=False):
@@ -440,18 +423,11 @@ def search_all(target, size, seed):
 def report(model, prompt, people):
     """What a prompt does to people on whom it was not chosen -> an attack's entry.
 
-    found: what its search raised on validation people. budget: (prompts scored, found,
-    the gap on these people), on its way.
+    found: what its search raised on validation people.
     """
     measured = faircon.measure(model, people, context=prompt.text)
     entry = {name: measured[name] for name in ("gap", "signed_gap", "flip", "acc")}
-    entry.update(prompt.size, found=prompt.found, prompt=prompt.text, budget=[])
-    gaps = {prompt.text: entry["gap"]}
-    for spent, found, text in prompt.path:
-        if text not in gaps:
-            gaps[text] = faircon.measure(model, people, context=text)["gap"]
-        entry["budget"].append([spent, found, gaps[text]])
-    return entry
+    return {**entry, **prompt.size, "found": prompt.found, "prompt": prompt.text}
 
 
 def attack(model, people, data, size, seed):
@@ -459,18 +435,14 @@ def attack(model, people, data, size, seed):
     met = {id(person) for person in people.train + people.validation}
     others = [person for person in data.train if id(person) not in met]
     target = target_of(model, people.validation[:size["chosen_on"]], others)
-    test = people.test[:size["test_rows"]]
-    attacks, budget = {}, {}
+    test, attacks = people.test[:size["test_rows"]], {}
     for name, prompt in search_all(target, size, seed).items():
         attacks[name] = report(model, prompt, test)
-        curve = attacks[name].pop("budget")
-        if curve:
-            budget[name] = curve
     if not attacks:
         raise InputError("the context holds no prompt of these attacks and a question; "
                          "use a model with a longer one.")
     by = max(attacks, key=lambda name: attacks[name]["gap"])
-    return {"test_rows": len(test), "attacks": attacks, "budget": budget,
+    return {"test_rows": len(test), "attacks": attacks,
             "worst": attacks[by]["gap"], "by": by,
             "lowest_acc": min(entry["acc"] for entry in attacks.values())}
 
@@ -502,7 +474,7 @@ def attack_model(config, key, seed, folder):
 LEGEND = """
 gap: mean |p as a man - p as a woman| of the same person, in [0, 1]; p_m - p_f is
 signed, above 0 men are favoured. b: labelled people at b_Pc. full, climb: {most} or
-as many as the context holds. few-shot: the largest gap given people drawn at any b."""
+as many as the context holds."""
 
 
 def show(rows, size):
@@ -540,16 +512,11 @@ def show_columns(heading, columns, at_once=5):
 
 
 def show_worst(rows):
-    """Each seed's worst gap and what found it, and its largest few-shot draw."""
-    print(f"\n{'':<12}{'seed':>5}{'few-shot':>10}{'worst gap':>11}   found by")
+    """Each seed's worst gap and what found it."""
+    print(f"\n{'':<12}{'seed':>5}{'worst gap':>11}   found by")
     for row in rows:
-        drawn = []
-        for name, entry in row["attacks"].items():
-            if " b = " in name and not name.startswith("other wording"):
-                drawn.append(entry["gap"])
-        largest = decimals(max(drawn)) if drawn else "-"
-        print(f"{row['key']:<12}{row['seed']:>5}{largest:>10}"
-              f"{decimals(row['worst']):>11}   {row['by']}")
+        print(f"{row['key']:<12}{row['seed']:>5}{decimals(row['worst']):>11}   "
+              f"{row['by']}")
 
 
 def controls(rows):
@@ -558,39 +525,29 @@ def controls(rows):
     -> {key: {name: text}}
     """
     columns = {}
-    for key in dict.fromkeys(row["key"] for row in rows):
+    for key, some in by_key(rows).items():
         columns[key] = {}
-        some = [row["attacks"] for row in rows if row["key"] == key]
-        for name in some[0]:
-            if f"control: {name}" not in some[0]:
-                continue
-            more = []
-            for found in some:
-                control = found[f"control: {name}"]
-                more.append(found[name]["gap"] - control["gap"])
-            above = sum(x > 0 for x in more)
-            mean = numpy.mean(more)
-            columns[key][name] = f"{mean:+.3f} {above}/{len(more)}"
+        for name in some[0]["attacks"]:
+            control = f"control: {name}"
+            if control in some[0]["attacks"]:
+                found = [row["attacks"] for row in some]
+                more = [x[name]["gap"] - x[control]["gap"] for x in found]
+                above = sum(x > 0 for x in more)
+                mean = f"{numpy.mean(more):+.3f}"
+                columns[key][name] = f"{mean} {above}/{len(more)}"
     return columns
 
 
 # ------------------------------------------------------------------ the command
 
 def models_of(results, folder, wanted):
-    """The models to attack -> [(key, seed)]. InputError."""
-    try:
-        keys = [row["key"] for row in results["rows"]]
-    except (LookupError, TypeError):
-        keys = []                                             # find_row says what lacks
-    for key in wanted or [key for key in ATTACKED if key in keys] or ATTACKED[:1]:
+    """The models to attack -> [(key, seed)]. InputError where there is none."""
+    for key in wanted or ():
         runs.find_row(results, folder, key, None)
-    if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
-        raise InputError(f"{folder} is not a run of Table 3; give one, such as "
-                         "runs/default.")
-    pairs = []
-    for row in results["rows"]:
-        if row["key"] in (wanted or ATTACKED):
-            pairs.append((row["key"], row["seed"]))
+    pairs = [(row["key"], row["seed"]) for row in results["rows"]
+             if row["key"] in (wanted or ATTACKED)]
+    if not pairs:
+        raise InputError(f"{folder} holds no model to attack; give a run of others.")
     return pairs
 
 
@@ -616,7 +573,7 @@ def digest(folder, asked):
 
 def run(args):
     folder = pathlib.Path(args.run)
-    results = runs.read_json(folder / "results.json")
+    results = runs.read_run(folder)
     pairs = models_of(results, folder, args.models)
     kind = args.only or ("full" if args.full else "quick")
     asked = {"size": size_of(args), "device": args.device, "versions": runs.versions()}

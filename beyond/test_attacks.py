@@ -259,11 +259,9 @@ def test_climb_keeps_census_rows_and_only_rises(target, data, place):
         favoured = adult.SEXES[direction == -1]
         assert all(label == (sex == favoured) for sex, label in lines), "never flipped"
         assert sum(label for sex, label in lines) == 3
-        spent = [n for n, _, _ in found.path]
-        rising = [value for _, value, _ in found.path]
-        assert spent == [2, 4, 12]
-        assert rising == sorted(rising)
-        assert rising[-1] == found.found == direction * target.leaning(found.text)
+        assert found.found == direction * target.leaning(found.text)
+        begun = attacks.climb(target, direction, place, 6, 1, generator())
+        assert begun.found < found.found, "the first is the worst, or nothing is kept"
         before = found.text.index(adult.INSTRUCTION) / len(found.text)
         assert abs(before - attacks.PLACES[place]) < .2, "not where it was to stand"
         found = attacks.climb(target, direction, place, 32, 1, generator())
@@ -280,16 +278,6 @@ def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
         found = attacks.climb(target, direction, "after", 4, 400, generator())
         assert found.text.count("education HS-grad") == least
         assert found.found == direction * least
-
-
-def test_a_path_says_what_was_best_within_its_budget(target):
-    """A climb and GCG: the mark of n prompts knows of no more than n."""
-    found = [attacks.climb(target, 1, "after", 4, n, generator()) for n in (4, 12)]
-    assert found[1].path[1] == (4, found[0].found, found[0].text)
-    found = [attacks.gcg(planted(1), 10, n, generator()) for n in (40, 120)]
-    assert [n for n, _, _ in found[1].path] == [12, 40, 120]
-    assert found[1].path[1] == (40, found[0].found, found[0].text)
-    assert found[1].path[2] == (120, found[1].found, found[1].text)
 
 
 def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
@@ -361,7 +349,7 @@ def test_who_chooses_who_reports_and_who_stands_in_a_prompt(work, model, data, p
 
     def search_all(target, size, seed):
         targets.append(target)
-        return {"full": attacks.Prompt("a", {}, path=((1, 0., "b"),))}
+        return {"full": attacks.Prompt("a", {})}
     monkeypatch.setattr(attacks, "search_all", search_all)
     measured = spy(monkeypatch, faircon, "measure")
     if work is attacks.attack:
@@ -369,7 +357,7 @@ def test_who_chooses_who_reports_and_who_stands_in_a_prompt(work, model, data, p
     else:
         attacks.short(model, data, people, 0, SMALL)
     test = people.test[:8]
-    assert measured == [(model, test, "a"), (model, test, "b")], "and one on its way"
+    assert measured == [(model, test, "a")]
     assert targets[0].questions == model.questions(people.validation[:5])
     pool = {id(person) for person in targets[0].people}
     met = {id(person) for person in people.train + people.validation}
@@ -384,9 +372,9 @@ def test_the_largest_gap_is_kept(monkeypatch, model, data, people):
     gaps, accuracies = (.2, .1, .3, .5, .4, .05, .1), (.9, .8, .6, .7, .9, .9, .9)
     entries = {}
     for name, gap, acc in zip(names, gaps, accuracies):
-        entries[name] = {"gap": gap, "acc": acc, "budget": [], "signed_gap": -gap}
+        entries[name] = {"gap": gap, "acc": acc, "signed_gap": -gap}
     monkeypatch.setattr(attacks, "search_all", lambda *_: dict(zip(names, names)))
-    monkeypatch.setattr(attacks, "report", lambda _, name, __: dict(entries[name]))
+    monkeypatch.setattr(attacks, "report", lambda _, name, __: entries[name])
     row = attacks.attack(model, people, data, SMALL, 0)
     assert (row["worst"], row["by"], row["lowest_acc"]) == (.5, "gumbel, 10 tokens", .6)
     assert attacks.short(model, data, people, 0) == {
@@ -498,9 +486,9 @@ def test_bad_input_is_one_sentence(finished, monkeypatch):
     results = runs.read_json(finished / "results.json")
     table_1 = {**results["config"], "table": 1}
     wrong = {"cannot be read": None, "has no config": {"rows": results["rows"]},
-             "holds no not-trained": {**results, "rows": results["rows"][:1]},
+             "holds no model to attack": {**results, "rows": results["rows"][:1]},
              "row without key": {**results, "rows": [{"key": 3}]},
-             "is not a run of Table 3": {**results, "config": table_1}}
+             "give a run of Table 3": {**results, "config": table_1}}
     for said, content in wrong.items():
         folder = finished / said.replace(" ", "-")
         if content is not None:
@@ -532,8 +520,6 @@ def test_the_tables_fit_and_say_who_was_worst(capsys):
             found = {}
             for name, *_ in attacks.plan(attacks.FULL, 600):
                 found[name] = {"gap": .05, "signed_gap": -.1}
-            found["full, b = -1"]["gap"] = .2 + gap
-            found["other wording, b = 1"]["gap"] = .9
             found["gcg, 10 tokens"]["gap"] = gap
             found["control: gcg, 10 tokens"]["gap"] = .2
             rows.append({"key": key, "seed": seed, "attacks": found, "worst": gap,
@@ -544,8 +530,8 @@ def test_the_tables_fit_and_say_who_was_worst(capsys):
     said = [" ".join(line.split()) for line in lines]
     assert sum(line.startswith("worst gap .250±.212") for line in said) == 2
     assert "16 people, b = 1, p_m - p_f -.100±.000 -.100±.000" in said
-    assert "robust 1 .300 .100 found 1" in said
-    assert "robust 0 .600 .400 found 0" in said
+    assert "robust 1 .100 found 1" in said
+    assert "robust 0 .400 found 0" in said
     assert "gcg, 10 tokens +0.050 1/2 +0.050 1/2" in said
     for key in attacks.ATTACKED:
         assert any(key in line for line in said if line.startswith("gap on test rows"))
