@@ -19,12 +19,16 @@ import sys
 
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils
 
 import adult
 import lora
 from adult import InputError
 from beyond.chat import Chat
 from faircon import LanguageModel
+
+# It brings its own tqdm; with transformers', disable_progress_bar() silences it, too.
+modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm
 
 SMALL = 512                   # hidden size below which one thread is as good as two
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
