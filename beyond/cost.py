@@ -9,6 +9,7 @@
     python -m beyond.cost                                       # the embedded model
     python -m beyond.cost --model smollm2 --prompt-length 100 --shots 4
 """
+import multiprocessing
 import sys
 import time
 
@@ -71,21 +72,26 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def cost_of_steps(config, key, seed, folder=None, seconds=5.):
-    """phi's and theta's step, theta given one prompt -> [its row]; a job.
-
-    share: theta's GFLOP/s in percent of the matrix rate.
-    """
-    way, batch_size, length = key
-    model = load_model(*config["model"])
+def load_both(args, way):
+    """The model, made to go this way, and the data."""
+    model = load_model(args.model, args.dtype, args.device)
     if way == "straight":
         model.__class__ = Straight
     if way == "sdpa":
         model.model.set_attn_implementation("sdpa")
-    data = adult.load(config["data"])
+    return model, adult.load(args.data)
+
+
+def cost_of_steps(args, way, batch_size, seconds=5.):
+    """phi's and theta's step, theta given one prompt -> {what: number}.
+
+    share: theta's GFLOP/s in percent of the matrix rate.
+    """
+    model, data = load_both(args, way)
     people = adult.sample(data.train, 4 * batch_size, None, numpy.random.default_rng(0))
-    options = Options(batch_size=batch_size, prompt_length=length, dropout=0.)
-    game = Game(model, people, options, seed)
+    options = Options(batch_size=batch_size, prompt_length=args.prompt_length,
+                      dropout=0.)
+    game = Game(model, people, options, 0)
     batches = game.batches(10 ** 4)
 
     def phi():
@@ -94,24 +100,21 @@ def cost_of_steps(config, key, seed, folder=None, seconds=5.):
     def theta():
         game.theta_step(batches.pop())
 
-    seconds_phi, seconds_theta = [timed(step, model.device, seconds)
-                                  for step in (phi, theta)]
+    seconds_phi = timed(phi, model.device, seconds)
+    seconds_theta = timed(theta, model.device, seconds)
     with FlopCounterMode(display=False) as counter:
         theta()
     rate = matrix_rate(model.device, model.dtype)
     gflop = counter.get_total_flops() / 1e9
     texts = 2 * batch_size
-    return [{"phi": texts / seconds_phi, "theta": texts / seconds_theta,
-             "share": 100 * gflop / seconds_theta / rate, "gb": peak_gb()}]
+    return {"phi": texts / seconds_phi, "theta": texts / seconds_theta,
+            "share": 100 * gflop / seconds_theta / rate, "gb": peak_gb()}
 
 
-def cost_of_shots(config, key, seed, folder=None, seconds=5.):
-    """People a second, both twins, given labelled people -> [its row]; a job."""
-    way, people, shots = key
-    model, data = load_model(*config["model"]), adult.load(config["data"])
-    if way == "straight":
-        model.__class__ = Straight
-    rng = numpy.random.default_rng(seed)
+def cost_of_shots(args, way, shots, seconds=5.):
+    """People a second, both twins, given labelled people -> {what: number}."""
+    model, data = load_both(args, way)
+    rng, people = numpy.random.default_rng(0), args.batch_size
     questions = model.questions(adult.sample(data.test, people, None, rng))
     prefix = model.prefix(context=adult.few_shot(data.train, shots, 0., rng))
 
@@ -120,14 +123,13 @@ def cost_of_shots(config, key, seed, folder=None, seconds=5.):
         model(prefix, questions)
 
     seconds = timed(evaluate, model.device, seconds)
-    return [{"people": people / seconds, "gb": peak_gb()}]
+    return {"people": people / seconds, "gb": peak_gb()}
 
 
-def alone(work, config, key):
-    """A job in a process of its own: a peak of memory never goes down -> its row."""
-    pool = runs.multiprocessing.get_context("spawn").Pool(1)
-    with pool:
-        return pool.apply(work, (config, key, 0))[0]
+def alone(work, *given):
+    """A function's result, in a process of its own: a peak of memory never falls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, given)
 
 
 def main(argv=None):
@@ -140,22 +142,21 @@ def main(argv=None):
     parser.add_argument("--prompt-length", type=runs.count, default=100)
     parser.add_argument("--shots", type=runs.count, nargs="*", default=[4, 16])
     args = parser.parse_args(argv)
-    config = {"model": [args.model, args.dtype, args.device], "data": args.data}
     print(f"{args.model}, {args.dtype}; a text is one person as one sex, with gradients"
           "\n\nway        batch  prompt   phi texts/s   theta texts/s   of matrix rate"
           "   peak GB")
-    B, L = args.batch_size, args.prompt_length
+    B = args.batch_size
     ways = [("straight", 1), ("faircon", 1), ("faircon", B)]
     if args.model != "tiny":                                # GPT-Neo has none
         ways.append(("sdpa", B))
     for way, size in ways:
-        c = alone(cost_of_steps, config, (way, size, L))
-        print(f"{way:<10} {size:>5} {L:>7} {c['phi']:13.2f} {c['theta']:15.2f} "
-              f"{c['share']:14.0f} % {c['gb']:9.2f}", flush=True)
+        c = alone(cost_of_steps, args, way, size)
+        print(f"{way:<10} {size:>5} {args.prompt_length:>7} {c['phi']:13.2f} "
+              f"{c['theta']:15.2f} {c['share']:14.0f} % {c['gb']:9.2f}", flush=True)
     print("\nway        shots   people/s, both twins   peak GB")
     for shots in args.shots:
         for way in ("straight", "faircon"):
-            c = alone(cost_of_shots, config, (way, B, shots))
+            c = alone(cost_of_shots, args, way, shots)
             print(f"{way:<10} {shots:>5} {c['people']:23.2f} {c['gb']:9.2f}",
                   flush=True)
 
