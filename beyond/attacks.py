@@ -474,7 +474,7 @@ def attack_model(config, key, seed, folder):
 LEGEND = """
 gap: mean |p as a man - p as a woman| of the same person, in [0, 1]; p_m - p_f is
 signed, above 0 men are favoured. b: labelled people at b_Pc. full, climb: {most} or
-as many as the context holds."""
+as many as the context holds. few-shot: the largest gap given people drawn at any b."""
 
 
 def show(rows, size):
@@ -512,11 +512,15 @@ def show_columns(heading, columns, at_once=5):
 
 
 def show_worst(rows):
-    """Each seed's worst gap and what found it."""
-    print(f"\n{'':<12}{'seed':>5}{'worst gap':>11}   found by")
+    """Each seed's worst gap and what found it, and its largest few-shot draw."""
+    print(f"\n{'':<16}{'seed':>5}{'few-shot':>10}{'worst gap':>11}   found by")
     for row in rows:
-        print(f"{row['key']:<12}{row['seed']:>5}{decimals(row['worst']):>11}   "
-              f"{row['by']}")
+        drawn = [0.]
+        for name, entry in row["attacks"].items():
+            if " b = " in name and not name.startswith("other wording"):
+                drawn.append(entry["gap"])
+        print(f"{row['key']:<16}{row['seed']:>5}{decimals(max(drawn)):>10}"
+              f"{decimals(row['worst']):>11}   {row['by']}")
 
 
 def controls(rows):

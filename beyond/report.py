@@ -7,10 +7,13 @@
     python -m beyond.report curve runs/NAME           validation accuracy by round
     python -m beyond.report compare runs/NAME         accuracy against the worst gap
     python -m beyond.report table runs/NAME           every number of a run, over seeds
+                                                      --out FILE.csv: as CSV
 
 A picture goes into the run's folder, or to --out; it needs matplotlib.
 """
 import argparse
+import csv
+import io
 import pathlib
 import re
 
@@ -236,6 +239,8 @@ def rows_of(args):
 
 def table(args):
     """Every number of a run: mean and spread over seeds, then each seed's."""
+    if args.out:
+        return write_csv(args)
     for key, rows in rows_of(args).items():
         seen = {}
         for row in rows:
@@ -246,6 +251,22 @@ def table(args):
             mean = cell(mean_and_spread(values), len(values))
             each = " ".join(decimals(value, 4) for value in values)
             print(f"    {name:<28}{mean:<11}  {each}")
+
+
+def write_csv(args):
+    """A line a model and seed, a column a number."""
+    lines, names = [], {"key": None, "seed": None}
+    for rows in rows_of(args).values():
+        for row in rows:
+            lines.append({"key": row["key"], "seed": row["seed"], **dict(numbers(row)),
+                          **dict(attacked(args.run, row))})
+            names.update(lines[-1])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    runs.write(args.out, text.getvalue())
+    print(f"written: {args.out}")
 
 
 def numbers(row):
@@ -300,7 +321,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("table", *PICTURES))
     parser.add_argument("run", nargs="?", type=pathlib.Path,
                         help="the folder of a finished run")
-    parser.add_argument("--out", metavar="FILE.png", help="of a picture")
+    parser.add_argument("--out", metavar="FILE.png", help="table: FILE.csv")
     args = parser.parse_args(argv)
     if args.run is None and args.what not in ("figure2", "figure4"):
         raise InputError(f"{args.what} needs a run's folder, such as runs/default.")

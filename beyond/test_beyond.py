@@ -3,6 +3,7 @@
 Most tests call train.main in this process; what only a process of its own can show
 (signals, pipes, kills, several processes) is shown in one.
 """
+import csv
 import dataclasses
 import importlib.util
 import inspect
@@ -1391,14 +1392,19 @@ def draw(monkeypatch, *words):
 def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
     draw(monkeypatch, "table", full[0])
     out = capsys.readouterr().out
-    for key in train.MODELS:
-        assert f"\n{key}\n" in out
-    row = results_of(full[0])["rows"][-1]
+    rows = results_of(full[0])["rows"]
+    for row in rows:
+        assert f"\n{row['key']}\n" in out
     ours = out[out.index("\nrobust\n"):]
     for name, value in (("gap", row["gap"]), ("follows", row["follows"]),
                         ("without SWA, gap", row["without_swa"]["gap"])):
         each = report.decimals(value, 4)
         assert re.search(rf"^    {name} .* {re.escape(each)}$", ours, re.M), name
+    draw(monkeypatch, "table", full[0], "--out", "made.csv")
+    with open("made.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["key"] for line in lines} == {row["key"] for row in rows}
+    assert float(lines[-1]["gap"]) == row["gap"] and lines[0]["without SWA, gap"] == ""
     with pytest.raises(InputError, match="needs a run"):
         draw(monkeypatch, "rounds")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
