@@ -14,46 +14,29 @@ writes ">50K.": every positive of that file becomes a negative, hence the paper'
 It tests on rows that its adversary was trained on; here training rows come from
 adult.data and test rows from adult.test (`split`).
 
-    python adult.py         # a row, its twins, a prompt, and where x5.23 comes from
+    python adult.py         # a row, its twins, a prompt; SYNTHETIC people
+    python adult.py DIR     # the same of UCI's two files, and where x5.23 comes from
 """
 import collections
-import csv
-import functools
-import hashlib
-import http.client
-import os
 import pathlib
-import re
 import sys
-import urllib.request
 import warnings
 from textwrap import fill
 from typing import NamedTuple
 
-# What a cell may be; the part in brackets is kept. A missing word is "?".
-NUMBER = r"([0-9]+)(?:\.0+)?"                      # OpenML's readers write 25 as 25.0
-WORD = r"(?!(?i:nan|na|n/a|<na>|none|null)$)(\?|.*[^\W\d].*)"   # no number, no null
-FORMAT = {
-    "age": NUMBER, "workclass": WORD, "fnlwgt": NUMBER, "education": WORD,
-    "number of years of education": NUMBER, "marital status": WORD, "occupation": WORD,
-    "relationship": WORD, "race": WORD, "sex": r"(Male|Female)", "capital gain": NUMBER,
-    "capital loss": NUMBER, "hours per week": NUMBER, "native country": WORD,
-    "label": r"(<=50K|>50K)\.?"}                   # adult.test ends it in a full stop
-COLUMNS = tuple(FORMAT)[:14]
+COLUMNS = ("age", "workclass", "fnlwgt", "education", "number of years of education",
+           "marital status", "occupation", "relationship", "race", "sex",
+           "capital gain", "capital loss", "hours per week", "native country")
 # As in the released code. Relationship would give sex away: Husband, Wife.
 LEFT_OUT = ("fnlwgt", "marital status", "relationship")
 ATTRIBUTES = tuple(name for name in COLUMNS if name not in LEFT_OUT)
 SEX = COLUMNS.index("sex")
 SEXES = ("Male", "Female")
+LABELS = ("<=50K", ">50K")
 INSTRUCTION = "Predict whether the annual income of this person is greater than $50k\n"
 OPENING = "A person in the 1994 census has the following attributes:"
 ANSWERS = ("0", "1")
-
 TINY = pathlib.Path(__file__).resolve().parent / "tiny"
-UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
-SHA256 = {
-    "adult.data": "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
-    "adult.test": "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"}
 
 
 class InputError(ValueError):
@@ -76,114 +59,51 @@ class Adult(NamedTuple):
     train: list
     test: list
     source: str
-    sha256: dict
+    sha256: dict = {}            # of each file, for a run's record: beyond/people.py
 
 
 # ------------------------------------------------------------------ rows
 
-def read(path):
-    """A file in UCI's format -> list of Person. Raises InputError."""
-    return read_csv(path, person_from)
+def load(directory=TINY):
+    """UCI's two files in a folder -> Adult. Raises InputError.
 
-
-def read_csv(path, parse):
-    """What `parse` makes of each row, a list of cells; None is left out.
-
-    InputError names file and line.
+    Other forms of Adult, and the download, are in beyond/people.py.
     """
-    people = []
+    directory = pathlib.Path(directory)
+    train, test = [read(directory / name) for name in ("adult.data", "adult.test")]
+    return Adult(train, test, called(directory))
+
+
+def called(directory):
+    """What to call the data of a folder."""
+    twin = pathlib.Path(directory).resolve() == TINY
+    return f"{directory}{' (SYNTHETIC twin of Adult)' * twin}"
+
+
+def read(path):
+    """A file as UCI writes it -> list of Person. InputError names file and line."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, skipinitialspace=True, strict=True)
-            for row in filter(None, rows):
-                people.append(parse(row))
-    except InputError as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV in UTF-8 ({error}); is every "
-                         "quote closed?") from None
-    people = [person for person in people if person is not None]
+        lines = pathlib.Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "not UTF-8")
+        raise InputError(f"{path} cannot be read ({why}).") from None
+    people = []
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("|"):                 # adult.test's first line
+            people.append(person_from(line, f"{path}, line {number}"))
     if not people:
-        raise InputError(f"{path} holds no rows; is it the right file, and whole?")
+        raise InputError(f"{path} holds no rows.")
     return people
 
 
-def person_from(row):
-    """The cells of a row -> Person, None for a comment. Raises InputError."""
-    if row[0].startswith("|"):                                # adult.test's first line
-        return None
-    if len(row) != len(FORMAT):
-        raise InputError(f"{len(row)} columns where Adult has 15; write all, as in "
-                         "UCI's files, and no header.")
-    *values, label = map(clean, FORMAT, row)
-    return Person(tuple(values), int(label == ">50K"))
-
-
-@functools.cache                                   # most cells repeat
-def clean(column, cell):
-    """The cell as UCI writes it. Raises InputError."""
-    found = re.fullmatch(FORMAT[column], cell)
-    if not found:
-        raise InputError(f"{column} cannot be {cell!r}; keep UCI's column order and "
-                         "values, ? for a missing word, and no header.")
-    return found[1]
-
-
-# ------------------------------------------------------------------ files
-
-def load(directory=None):
-    """The train and test people -> Adult. Raises InputError.
-
-    A directory is taken as it is. Without one: the cache, else UCI (both must have the
-    published sha256), else the synthetic twin in tiny/, and `source` says why.
-    """
-    source = str(directory)
-    if directory is None:
-        directory, source = find()
-    elif os.path.realpath(directory) == str(TINY):
-        source += " (SYNTHETIC twin of Adult)"
-    paths = [pathlib.Path(directory) / name for name in SHA256]
-    train, test = [read(path) for path in paths]
-    digests = {path.name: sha256_of(path) for path in paths}
-    return Adult(train, test, source, digests)
-
-
-def find():
-    """The folder of UCI's files, else tiny/ -> (path, source). Raises InputError."""
-    try:
-        # home() raises a RuntimeError where there is none.
-        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        cache = pathlib.Path(cache) / "faircon"
-        for name in SHA256:
-            path = cache / name
-            if not os.path.isfile(path):
-                fetch(UCI + name, path)
-            if sha256_of(path) != SHA256[name]:
-                raise InputError(f"{path} does not have UCI's checksum; delete it and "
-                                 "run again, or give --data DIR.")
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        return TINY, f"tiny/ (SYNTHETIC twin of Adult; no UCI data: {reason!s:.44})"
-    return cache, "UCI Adult"
-
-
-def fetch(url, path):
-    """Downloads a file under another name, then renames it: whole, or not there."""
-    with urllib.request.urlopen(url, timeout=10) as response:
-        content = response.read()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sha256_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def person_from(line, where):
+    """15 values, ", " between them -> Person. Raises InputError."""
+    *values, label = line.split(", ")
+    label = label.removesuffix(".")                # adult.test ends it in a full stop
+    if len(values) != 14 or values[SEX] not in SEXES or label not in LABELS:
+        raise InputError(f"{where} is no row as UCI writes it (train.py --data reads "
+                         "other forms).")
+    return Person(tuple(values), LABELS.index(label))
 
 
 # ------------------------------------------------------------------ text
@@ -255,19 +175,6 @@ def cells(n, bpc):
         warnings.warn(f"b_Pc = {bpc:.4g} is not exact with {n} people: "
                       f"b_Pc = {exact:.4g} is used", stacklevel=2)
     return {(0, 1): k, (0, 0): n // 2 - k, (1, 1): n // 2 - k, (1, 0): k}
-
-
-def enough(people, bpc, most):
-    """The most people, up to `most`, that can be drawn balanced and also at b_Pc."""
-    have = collections.Counter((p.s, p.y) for p in people)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for n in range(most, 4, -8):
-            balanced = collections.Counter(cells(n, 0.))
-            biased = collections.Counter(cells(n, bpc))
-            if balanced <= have and biased <= have:
-                return n
-    return 4                                    # `sample` then says what is missing
 
 
 def sample(people, n, bpc, rng):

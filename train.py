@@ -27,6 +27,7 @@ many steps.
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -115,8 +116,9 @@ def parser():
                    help="results go to runs/NAME/ (default; or table1, table2, "
                    "prompt_only, paper, quick)")
     g = p.add_argument_group("data (section 2)")
-    g.add_argument("--data", metavar="DIR",
-                   help="folder of adult.data and adult.test (cache, UCI, else tiny/)")
+    g.add_argument("--data", metavar="PATH",
+                   help="folder of adult.data and adult.test, or one CSV file, half of "
+                   "it the test; beyond/people.py (cache, UCI, else tiny/)")
     g.add_argument("--task", metavar="FILE.json",
                    help="another table than Adult, as in beyond/hiring.json")
     g.add_argument("--bpc", type=float, default=.5, metavar="B",
@@ -189,15 +191,13 @@ def options_of(config, key):
 loaded = {}
 
 
-@functools.lru_cache(1)
-def read_once(directory, task):
-    return tasks.load(task, directory) if task else adult.load(directory)
+read_once = functools.lru_cache(1)(tasks.load)
 
 
-def load_data_once(directory, task=None):
+def load_data_once(data, task=None):
     """Adult's people, or another task's: what is asked is then that task's, too."""
     tasks.begin(task)
-    return read_once(directory, task)
+    return read_once(task, data)
 
 
 def load_once(name, dtype, device, chat=False):
@@ -393,6 +393,19 @@ def fair_prompt(model, people, options, seed, samples=15):
 
 # ------------------------------------------------------------------ the run
 
+def enough(people, bpc, most):
+    """The most people, up to `most`, that can be drawn balanced and also at b_Pc."""
+    have = collections.Counter((p.s, p.y) for p in people)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(most, 4, -8):
+            balanced = collections.Counter(adult.cells(n, 0.))
+            biased = collections.Counter(adult.cells(n, bpc))
+            if balanced <= have and biased <= have:
+                return n
+    return 4                                    # adult.sample then says what is missing
+
+
 def prepare(args):
     """Load the data and the model, say what they are -> what the run depends on.
 
@@ -409,7 +422,7 @@ def prepare(args):
                          f"give a multiple of {exact}, an even number.")
     most = 200 if args.quick else 1000
     data = load_data_once(args.data, args.task)
-    config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, most)
+    config["test_rows"] = args.test_rows or enough(data.test, args.bpc, most)
     if config["test_rows"] < 4:
         raise InputError("--test-rows below 4 leave a group empty; give 4 or more.")
     people = adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)

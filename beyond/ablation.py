@@ -180,7 +180,7 @@ def difference(ours, theirs, name):
 def parser():
     p = runs.Parser(prog="beyond.ablation", allow_abbrev=False,
                     description=__doc__.splitlines()[0])
-    p.add_argument("--data", metavar="DIR", help="as for train.py")
+    p.add_argument("--data", metavar="PATH", help="as for train.py")
     p.add_argument("--task", metavar="FILE.json", help="as for train.py")
     p.add_argument("--rows", type=runs.count, default=200, help="training rows (200)")
     p.add_argument("--seeds", type=runs.count, default=1, help="how many (1)")
@@ -204,7 +204,7 @@ def run(args):
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
               "game": train.RATES, "seed": args.seed, "seeds": args.seeds, "shots": 16,
-              "test_rows": args.test_rows or adult.enough(data.test, .5, 1000)}
+              "test_rows": args.test_rows or train.enough(data.test, .5, 1000)}
     for name in names:
         runs.say(f"    {name:<18} {variants[name].title}")
     what = {name: [variants[name].title, variants[name].options] for name in names}

@@ -460,8 +460,9 @@ def attack_model(config, key, seed, folder):
     """Attack one model of a run -> [its row]; a job of `run`."""
     began = time.perf_counter()
     model, _, results = runs.load_run(config["run"], key, seed, config["model_path"],
-                                      config["device"])
-    data, asked = runs.load_data(results, config["data"]), results["config"]
+                                      config["device"], task=config["task"])
+    data = runs.load_data(results, config["data"], config["task"])
+    asked = results["config"]
     people = adult.split(data, asked["rows"], asked["bpc"], asked["test_rows"], seed)
     found = attack(model, people, data, config["size"], seed)
     runs.say(f"  {key} {seed}: worst gap {found['worst']:.3f}, "
@@ -582,7 +583,7 @@ def run(args):
     kind = args.only or ("full" if args.full else "quick")
     asked = {"size": size_of(args), "device": args.device, "versions": runs.versions()}
     config = {**asked, "run": str(folder), "data": args.data,
-              "model_path": args.model_path}
+              "task": args.task, "model_path": args.model_path}
     jobs = [(config, key, seed) for key, seed in pairs]
     at_once = runs.cores() if results["model"].get("small") else 1
     workers = min(args.jobs or at_once, len(jobs))
@@ -615,7 +616,8 @@ def parser():
                    help="test rows that report a prompt (200, full 400)")
     p.add_argument("--jobs", type=runs.count, metavar="N",
                    help="models side by side (as many as cores; 1 for a large model)")
-    p.add_argument("--data", metavar="DIR", help="where the run's data is now")
+    p.add_argument("--data", metavar="PATH", help="where the run's data is now")
+    p.add_argument("--task", metavar="FILE.json", help="where its task is now")
     p.add_argument("--model-path", metavar="DIR", help="where its base model is now")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     return p

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import adult
+from beyond import people
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics", "beyond.robust",
@@ -25,7 +26,7 @@ def home(tmp_path_factory):
     """data/, the first rows of both files, and model/, the embedded model."""
     home = tmp_path_factory.mktemp("home")
     (home / "data").mkdir()
-    for name in adult.SHA256:
+    for name in people.SHA256:
         rows = (adult.TINY / name).read_text().splitlines()[:2000]
         (home / "data" / name).write_text("\n".join(rows) + "\n")
     (home / "model").mkdir()

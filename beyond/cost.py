@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import adult
-from beyond import runs
+from beyond import runs, tasks
 from beyond.load import load_model
 from faircon import Game, LanguageModel, Options
 
@@ -79,7 +79,7 @@ def load_both(args, way):
         model.__class__ = Straight
     if way == "sdpa":
         model.model.set_attn_implementation("sdpa")
-    return model, adult.load(args.data)
+    return model, tasks.load(None, args.data)
 
 
 def cost_of_steps(args, way, batch_size, seconds=5.):
@@ -135,7 +135,7 @@ def alone(work, *given):
 def main(argv=None):
     parser = runs.Parser(prog="beyond.cost", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--data", metavar="DIR")
+    parser.add_argument("--data", metavar="PATH", help="as for train.py")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=runs.count, default=10)

@@ -1,5 +1,7 @@
-"""NOT IN THE PAPER: Adult's columns from users' own CSV files.
+"""NOT IN THE PAPER: Adult's people from UCI, or from users' own CSV files.
 
+    --data    a folder of adult.data and adult.test; or one file, of which a random half
+              is the test; without it UCI's, else the synthetic twin in tiny/
     header    UCI's, Kaggle's or OpenML's names in any order; without one, UCI's order.
               It may lack what the text leaves out; a first column may have no name
     words     in any case; empty, NaN and ? are a missing one, "?"
@@ -8,14 +10,34 @@
 A column of any other name is refused: ignored, it would seem to count, and a misspelt
 label would seem to be missing.
 """
+import csv
 import functools
+import hashlib
+import http.client
+import os
+import pathlib
 import re
+import urllib.request
+
+import numpy
 
 import adult
 from adult import InputError, Person
 
-# OpenML's first version of Adult has age groups, 0 to 4.
-FORMAT = {**adult.FORMAT, "age": r"([1-9][0-9]+)(?:\.0+)?", "label": r"(<=50K|>50K|\?)"}
+UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
+SHA256 = {
+    "adult.data": "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
+    "adult.test": "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"}
+# What a cell may be; the part in brackets is kept. OpenML's readers write 25 as 25.0,
+# and its first version of Adult has age groups, 0 to 4.
+NUMBER = r"([0-9]+)(?:\.0+)?"
+WORD = r"(\?|.*[^\W\d].*)"                                # no number
+NUMBERS = ("fnlwgt", "number of years of education", "capital gain", "capital loss",
+           "hours per week")
+FORMAT = {
+    **dict.fromkeys(adult.COLUMNS, WORD), **dict.fromkeys(NUMBERS, NUMBER),
+    "age": r"([1-9][0-9]+)(?:\.0+)?", "sex": r"(Male|Female)",
+    "label": r"(<=50K|>50K|\?)"}
 ABSENT = {**dict.fromkeys(adult.LEFT_OUT, "?"), "fnlwgt": "0", "label": "?"}
 MISSING = ("", "nan", "na", "n/a", "<na>", "none", "null")
 
@@ -30,6 +52,79 @@ NAMES = {**{plain(name): name for name in FORMAT}, "gender": "sex", "income": "l
          "educationnum": "number of years of education",
          "educationalnum": "number of years of education"}
 
+
+# ------------------------------------------------------------------ where files are
+
+def load(data=None):
+    """The train and test people -> adult.Adult. Raises InputError.
+
+    data: a folder or one file, taken as it is. Without: the cache, else UCI (both must
+    have the published sha256), else tiny/, and `source` says why.
+    """
+    if data is None:
+        data, source = find()
+    elif os.path.isdir(data):
+        source = adult.called(data)
+    elif os.path.isfile(data):
+        source = f"{data} (a random half is the test)"
+        return gather({pathlib.Path(data).name: data}, read, source)
+    else:
+        raise InputError(f"{str(data)!r} is no folder, and no file; give --data a "
+                         "folder of adult.data and adult.test, or a CSV file.")
+    return gather({name: pathlib.Path(data) / name for name in SHA256}, read, source)
+
+
+def gather(files, read, source):
+    """{name: path} of one or two files, each by `read` -> adult.Adult.
+
+    Of one file a random half is the test, the same for every seed.
+    """
+    parts = [read(path) for path in files.values()]
+    if len(parts) == 1:
+        people = adult.draw(parts[0], len(parts[0]), numpy.random.default_rng(0))
+        parts = [people[::2], people[1::2]]
+    digests = {name: sha256_of(path) for name, path in files.items()}
+    return adult.Adult(*parts, source, digests)
+
+
+def find():
+    """The folder of UCI's files, else tiny/ -> (path, source). Raises InputError."""
+    try:
+        # home() raises a RuntimeError where there is none.
+        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        cache = pathlib.Path(cache) / "faircon"
+        for name in SHA256:
+            path = cache / name
+            if not os.path.isfile(path):
+                fetch(UCI + name, path)
+            if sha256_of(path) != SHA256[name]:
+                raise InputError(f"{path} does not have UCI's checksum; delete it and "
+                                 "run again, or give --data DIR.")
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = f"SYNTHETIC twin of Adult; no UCI data: {reason!s:.44}"
+        return adult.TINY, f"tiny/ ({why})"
+    return cache, "UCI Adult"
+
+
+def fetch(url, path):
+    """Downloads a file under another name, then renames it: whole, or not there."""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        content = response.read()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(path):
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------ rows
 
 def read(path, labelled=True):
     """A CSV file -> list of Person. Raises InputError.
@@ -47,7 +142,33 @@ def read(path, labelled=True):
         columns.extend([] if columns else FORMAT)
         return person_from(row, columns, labelled)
 
-    return adult.read_csv(path, parse)
+    return read_csv(path, parse)
+
+
+def read_csv(path, parse):
+    """What `parse` makes of each row, a list of cells; None is left out.
+
+    InputError names file and line.
+    """
+    people = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, skipinitialspace=True, strict=True)
+            for row in filter(None, rows):
+                people.append(parse(row))
+    except InputError as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not in UTF-8; save it as CSV in UTF-8.") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: this is no CSV ({error}); is "
+                         "every quote closed?") from None
+    people = [person for person in people if person is not None]
+    if not people:
+        raise InputError(f"{path} holds no rows; is it the right file, and whole?")
+    return people
 
 
 def columns_of(header):
@@ -88,9 +209,9 @@ def clean(column, cell):
         word = re.sub(r"\s|\.0*$", "", word).upper()
         word = {"0": "<=50K", "1": ">50K"}.get(word, word)
     found = re.fullmatch(FORMAT[column], word)
-    if not found:
-        raise InputError(f"{column} cannot be {cell!r}; a number must be whole, a word "
-                         "be no number (? if missing), a label <=50K, >50K, 0 or 1.")
+    if not found or not word.isprintable():
+        raise InputError(f"{column} cannot be {cell!r:.60}; a number must be whole, a "
+                         "word no number (? if missing), a label <=50K, >50K, 0 or 1.")
     return found[1]
 
 

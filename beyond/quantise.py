@@ -48,7 +48,8 @@ def quantised(model, name):
 
 def measure(args, data, key, seed):
     """One model in every format, on its run's test rows; yields a row for each."""
-    model, _, results = runs.load_run(args.run, key, seed, args.model, dtype="float32")
+    model, _, results = runs.load_run(args.run, key, seed, args.model, dtype="float32",
+                                      task=args.task)
     config = results["config"]
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     people = people._replace(test=people.test[:args.test_rows])
@@ -86,7 +87,8 @@ def lesson():
 def main(argv=None):
     parser = runs.Parser(prog="beyond.quantise", description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="the run's folder; without it, a lesson")
-    parser.add_argument("--data", metavar="DIR", help="where its data is now")
+    parser.add_argument("--data", metavar="PATH", help="where its data is now")
+    parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--models", nargs="+", metavar="KEY", help="only these rows")
     parser.add_argument("--test-rows", type=runs.count, metavar="N", help="at most N")
@@ -94,7 +96,7 @@ def main(argv=None):
     if args.run is None:
         return lesson()
     results, rows = runs.read_run(args.run), []
-    data = runs.load_data(results, args.data)
+    data = runs.load_data(results, args.data, args.task)
     keys = args.models or [row["key"] for row in results["rows"]]
     for key, seed in attacks.models_of(results, args.run, keys):
         runs.say(f"  {key}, seed {seed}")

@@ -30,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import adult
-from adult import InputError, load, split
+from adult import InputError, split
 from beyond import tasks
 
 FORMAT = 4                    # raised when a run of before could not be gone on with
@@ -455,8 +455,11 @@ def deaf():
 def begin_worker():
     """A worker leaves Ctrl-C to its parent, and ends whenever and however that does.
 
-    The parent has said already that b_Pc is not exact.
+    The parent has said already that b_Pc is not exact. tqdm's own lock is a semaphore,
+    which a worker that is ended leaves behind.
     """
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock())
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     warnings.filterwarnings("ignore", "b_Pc = .* is not exact")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -479,11 +482,11 @@ def cores():
 # ------------------------------------------------------------------ a finished run
 
 def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
-             dtype=None):
+             dtype=None, task=None):
     """A model of a finished run, adapter merged -> (LanguageModel, its row, the run).
 
-    model_path: where the base model is now, if not where it was. dtype: another than
-    the run's. InputError.
+    model_path, task: where the base model, and the task's JSON file, are now, if not
+    where they were. dtype: another than the run's. InputError.
     """
     import lora
     from beyond.load import load_model
@@ -491,7 +494,7 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     results = read_json(folder / "results.json")
     row = find_row(results, folder, key, seed)
     name, trained_in, _ = results["config"]["model"]
-    tasks.of_run(results)
+    tasks.of_run(results, task)
     chat = results["config"].get("chat", False)                  # older runs: no field
     model = load_model(model_path or name, dtype or trained_in, device, chat)
     if model.sha256 != results["model"]["sha256"]:
@@ -562,14 +565,17 @@ def read_run(folder):
     return results
 
 
-def load_data(results, data=None):
-    """The data of a run -> adult.Adult; InputError if it is another."""
-    data, task = data or results["config"].get("data"), results["config"].get("task")
-    loaded = tasks.load(task, data) if task else load(data)
-    if loaded.sha256 != results["data"]["sha256"]:
+def load_data(results, data=None, task=None):
+    """The data of a run -> adult.Adult; InputError if it is another.
+
+    data, task: where its files are now, if not where they were.
+    """
+    was = results["config"]
+    loaded = tasks.load(task or was.get("task"), data or was.get("data"))
+    if list(loaded.sha256.values()) != list(results["data"]["sha256"].values()):
         raise InputError(f"the data ({loaded.source}) is not the run's "
                          f"({results['data'].get('source')}): another sha256; give the "
-                         "run's files with --data DIR.")
+                         "run's files with --data, its task with --task.")
     return loaded
 
 
@@ -586,7 +592,8 @@ def measure_again(argv):
                     "run again, on its own test rows. (`predict --help`: ask one about "
                     "other people.)")
     parser.add_argument("run", help="the run's folder, such as runs/default")
-    parser.add_argument("--data", metavar="DIR", help="where its data is now")
+    parser.add_argument("--data", metavar="PATH", help="where its data is now")
+    parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", nargs="+", metavar="KEY", help="only these")
@@ -596,8 +603,8 @@ def measure_again(argv):
     import train
     from beyond import report
     results = read_run(args.run)
-    data, config, different = load_data(results, args.data), results["config"], 0
-    rows = []
+    data = load_data(results, args.data, args.task)
+    config, different, rows = results["config"], 0, []
     for key in args.models or ():
         find_row(results, args.run, key, None)
     print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
@@ -611,7 +618,7 @@ def measure_again(argv):
                 raise InputError(f"{args.run}/results.json has no number {name} of "
                                  f"{key}; it is not a file of this program.")
         model, row, _ = load_run(args.run, key, seed, args.model, args.device,
-                                 args.dtype)
+                                 args.dtype, args.task)
         people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
         again = train.evaluate(train.answers_of(model, key, people.test), people.test)
         rows.append({"key": key, **again})
@@ -632,15 +639,6 @@ def measure_again(argv):
           "prompt; `python -m beyond.attacks` repeats attacks)")
 
 
-def people_of(results, path):
-    """A CSV file of the columns that a run's task has; labels need not be known."""
-    from beyond import people
-    task = tasks.of_run(results)
-    if task is None:
-        return people.read(path, labelled=False)
-    return tasks.read(pathlib.Path(path), task, labelled=False)
-
-
 def predict(argv):
     """Ask a finished run's model about the people of a CSV file."""
     parser = Parser(prog="beyond.runs predict", description="Ask a model of a finished "
@@ -650,14 +648,17 @@ def predict(argv):
     parser.add_argument("people", help="Adult's columns: see beyond/people.py")
     parser.add_argument("--key", default="robust", help="a model of Table 3 (robust)")
     parser.add_argument("--seed", type=seed, metavar="N", help="(the run's first)")
+    parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="FILE", type=pathlib.Path,
                         help="all answers (runs/NAME/MODEL-SEED/PEOPLE-answers.csv)")
     args = parser.parse_args(argv)
     import train
-    people = people_of(read_run(args.run), args.people)
-    model, row, _ = load_run(args.run, args.key, args.seed, args.model, args.device)
+    task = tasks.of_run(read_run(args.run), args.task)
+    people = tasks.read(args.people, task, labelled=False)
+    model, row, _ = load_run(args.run, args.key, args.seed, args.model, args.device,
+                             task=args.task)
     place = pathlib.Path(args.run) / f"{args.key}-{row['seed']}"
     out = args.out or place / f"{pathlib.Path(args.people).stem}-answers.csv"
     if out.resolve() == pathlib.Path(args.people).resolve():

@@ -11,8 +11,8 @@
      "opening": "...", "instruction": "...",   in place of adult.py's
      "answers": ["0", "1"]}                    the words for y = 0 and 1: a token each
 
-The files are CSV with a header, beside the JSON file or in --data DIR. A task replaces
-the constants of adult.py (section 2) in this process, until another one does.
+The files are CSV with a header, beside the JSON file or where --data says. A task
+replaces the constants of adult.py (section 2) in this process, until another one does.
 
     python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
 """
@@ -23,6 +23,7 @@ import re
 
 import adult
 from adult import InputError
+from beyond import people
 
 # The constants of adult.py that a task replaces.
 CONSTANTS = ("COLUMNS", "ATTRIBUTES", "SEX", "SEXES", "INSTRUCTION", "OPENING",
@@ -32,20 +33,23 @@ KINDS = {"files": list, "attributes": dict, "sensitive": list, "label": list,
          "opening": str, "instruction": str, "answers": list}
 
 
-def load(path, directory=None):
-    """Make a JSON file's task this process's -> its people, adult.Adult. InputError.
+def load(path=None, data=None):
+    """`begin` a JSON file's task, or Adult -> its people, adult.Adult. InputError.
 
-    directory: where its CSV files are, if not beside it.
+    data: where its CSV files are, if not beside it; for Adult see people.load.
     """
-    path, task = pathlib.Path(path), begin(path)
-    files = [pathlib.Path(directory or path.parent) / name for name in task["files"]]
-    parts = [read(file, task) for file in files]
-    if len(parts) == 1:
-        people = adult.draw(parts[0], len(parts[0]), seeded())
-        parts = [people[::2], people[1::2]]
-    digests = {n: adult.sha256_of(file) for n, file in zip(task["files"], files)}
-    digests[path.name] = adult.sha256_of(path)
-    return adult.Adult(*parts, f"{path} ({', '.join(task['files'])})", digests)
+    task = begin(path)
+    if task is None:
+        return people.load(data)
+    path = pathlib.Path(path)
+    folder = pathlib.Path(data or path.parent)
+    files = {name: folder / name for name in task["files"]}
+    if len(files) == 1 and folder.is_file():
+        files = {name: folder for name in files}
+    source = f"{path} ({', '.join(files)})"
+    found = people.gather(files, lambda file: read(file, task), source)
+    found.sha256[path.name] = people.sha256_of(path)
+    return found
 
 
 def begin(path):
@@ -60,14 +64,13 @@ def begin(path):
     return task
 
 
-def of_run(results):
-    """`begin` a finished run's task. InputError if its file has changed."""
-    path, task = results["config"].get("task"), begin(results["config"].get("task"))
-    if path is not None:
-        path = pathlib.Path(path)
-        if adult.sha256_of(path) != results["data"]["sha256"].get(path.name):
-            raise InputError(f"{path} has changed since the run; give the file that it "
-                             "was made with.")
+def of_run(results, path=None):
+    """`begin` a finished run's task; path: where its file is now. InputError."""
+    path = path or results["config"].get("task")
+    task, digests = begin(path), results["data"]["sha256"].values()
+    if path is not None and people.sha256_of(path) not in digests:
+        raise InputError(f"{path} is not the run's task: another sha256; give the one "
+                         "that it was made with, or none if that is Adult.")
     return task
 
 
@@ -75,12 +78,6 @@ def restore():
     """Adult again."""
     for name, value in ADULT.items():
         setattr(adult, name, value)
-
-
-def seeded():
-    """The half that is the test is the same for every seed."""
-    import numpy
-    return numpy.random.default_rng(0)
 
 
 def description(path):
@@ -132,22 +129,24 @@ def use(task):
 
 
 def read(path, task, labelled=True):
-    """A CSV file with a header -> people. InputError names line and column.
+    """A CSV file with a header (task None: Adult) -> people. InputError: line, column.
 
     labelled False: the label's column may be missing or empty; y is None then.
     """
+    if task is None:
+        return people.read(path, labelled)
     needed = [*task["attributes"].values(), *[task["label"][0]] * labelled]
     header = []
 
     def parse(row):
         if header:
             return person(row, header, task, labelled)
-        header.extend(row)
+        header.extend(map(str.strip, row))
         for column in needed:
             if header.count(column) != 1:
                 raise InputError(f"its header does not have the column {column} once.")
 
-    return adult.read_csv(path, parse)
+    return people.read_csv(path, parse)
 
 
 def person(row, header, task, labelled):
@@ -177,7 +176,7 @@ def clean(cell):
     number = re.fullmatch(r"(-?[0-9]+)\.0+", cell)
     if number:
         return number[1]
-    return "?" if cell.lower() in ("", "nan", "na", "none", "null") else cell
+    return "?" if cell.lower() in people.MISSING else cell
 
 
 # ------------------------------------------------------------------ the example

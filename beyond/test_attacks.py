@@ -678,7 +678,7 @@ def test_differences_are_paired_by_seed(capsys):
 
 def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch, capsys):
     """Variants, seeds and test rows as the flags say; the tables fit."""
-    jobs, enough = [], spy(monkeypatch, adult, "enough")
+    jobs, enough = [], spy(monkeypatch, train, "enough")
 
     def no_work(work, asked, workers, folder):
         jobs.extend(asked)
@@ -696,7 +696,7 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch, capsys):
     config, *_ = jobs[0]
     data = adult.load(adult.TINY)
     assert enough == [(data.test, .5, 1000)]
-    assert config["test_rows"] == adult.enough(data.test, .5, 1000)
+    assert config["test_rows"] == train.enough(data.test, .5, 1000)
     assert (config["game"], config["rows"], config["bpc"]) == (train.RATES, 200, .5)
     first = [(name, 5) for name in ablation.VARIANTS]
     second = [(name, seed) for seed in (1, 2) for name in ablation.LAM_CURVE]

@@ -390,7 +390,7 @@ def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
 
 def ask_about(some):
     """mine.csv in the current folder: a header, an index, and labels for women only."""
-    lines = [",".join(["", *adult.FORMAT])]
+    lines = [",".join(["", *adult.COLUMNS, "label"])]
     for i, person in enumerate(some):
         lines.append(",".join([str(i), *person.values, str(person.y) * person.s]))
     runs.write("mine.csv", "\n".join(lines))
@@ -582,8 +582,18 @@ def test_flags_become_jobs(words, small, here, monkeypatch):
     assert work is works.get(keys[0], train.train_model)
     config = jobs[0][0]
     most = 200 if "quick" in words else 1000
-    enough = adult.enough(train.load_data_once("data", None).test, .5, most)
+    enough = train.enough(train.load_data_once("data", None).test, .5, most)
     assert config["game"] == game and config["test_rows"] == enough > 100
+
+
+def test_enough_is_the_most_that_can_be_drawn():
+    test = adult.load(adult.TINY).test
+    rich_women = [p for p in test if p.s == 1 and p.y == 1]
+    others = [p for p in test if p not in rich_women]
+    people = others + rich_women[:10]
+    assert train.enough(people, .5, 400) == 40, "balanced, a quarter are rich women"
+    assert train.enough(people, -1., 400) == 16, "at b = -1, half of them are"
+    assert train.enough(people, .5, 24) == 24
 
 
 @pytest.mark.parametrize("key", HOW)
@@ -838,10 +848,12 @@ def test_killed_at_ten_moments_ends_as_if_never_killed(here, never):
 # The command's own signal handling and workers; the work is to warn and to sleep.
 SLEEPER = """
 import os, sys, time, warnings
+import tqdm
 from beyond import runs
 
 def work(config, key, seed, folder):
     warnings.warn(key)
+    tqdm.tqdm([], disable=None)                            # a bar's lock is no leftover
     runs.say(os.getpid())
     time.sleep(seed)
     return []
@@ -903,6 +915,7 @@ def test_however_it_ends_no_worker_stays(how, tmp_path):
     if how != "killed":
         assert process.returncode == 1 and "train.py: " in err
         assert said in err and "--resume" in err and "Traceback" not in err, err
+        assert "resource_tracker" not in err, err
 
 
 def test_workers_speak_as_the_command_does(tmp_path):
@@ -1012,13 +1025,13 @@ OPTIONS = {
     "--dropout 1": "lies", "--alpha -1": "lies", "--phi-steps -1": "lies",
     "--phi-lr=": "phi-lr", "--lr 1e9": "finite|NaN", "--models nobody": "invalid",
     "--models": "expected",
-    "--data nowhere": "cannot be read", "--data data/adult.data": "cannot be read",
+    "--data nowhere": "no folder, and no file", "--data model": "adult.data cannot be",
     "--model nowhere": "no config.json", "--model ./mo": "no config.json",
     "--model data/mo": "no config.json", "--model a.gguf": "does not exist",
     "--quick --paper": "exclude", "--table 1 --paper": "exclude",
     "--table 2 --prompt-only": "exclude"}
 FAULTS = {
-    broken_data: {"few rows": "needed", "a page": "columns", "none": "cannot be read"},
+    broken_data: {"few rows": "needed", "a page": "2 cells", "none": "cannot be read"},
     broken_model: {
         "a piece of weights": "loaded", "other weights": "lacks", "NaN weights": "NaN",
         "an adapter": "merge it", "quantised": "quantised .bitsandbytes.",

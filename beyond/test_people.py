@@ -1,4 +1,13 @@
 """CSV files as people have them: what is read as what, and what is refused."""
+import hashlib
+import http.client
+import io
+import os
+import pathlib
+import re
+import urllib.error
+import urllib.request
+
 import pytest
 
 import adult
@@ -34,15 +43,45 @@ def with_cell(name, cell):
 
 @pytest.mark.parametrize("folder", [adult.TINY, REAL], ids=["tiny", "UCI"])
 def test_ucis_files_are_read_as_ever(folder):
+    """The same people in the same order as the lesson's reader, and UCI's checksums."""
     if not (folder / "adult.data").exists():
         pytest.skip("the published Adult files are not there")
-    for name in adult.SHA256:
-        assert people.read(folder / name) == adult.read(folder / name)
+    found = people.load(folder)
+    assert found._replace(sha256={}) == adult.load(folder)
+    assert list(found.sha256) == ["adult.data", "adult.test"]
+    assert (found.sha256 == people.SHA256) == (folder == REAL)
+
+
+def as_kaggle(file):
+    """A file of UCI's with a header, an index, another order, labels 0 and 1."""
+    lines = ["," + HEADER[4:] + ",age"]
+    for i, person in enumerate(adult.read(file)):
+        age, *others = person.values
+        lines.append(",".join([str(i), *others, str(person.y), age]).lower())
+    return "\n".join(lines)
+
+
+def test_a_folder_may_have_headers_and_one_file_is_halved(tmp_path):
+    """The same people either way; of one file each is in one half, the same for all."""
+    whole = adult.load(adult.TINY)
+    train, test = [as_kaggle(adult.TINY / name) for name in people.SHA256]
+    (tmp_path / "adult.data").write_text(train)
+    (tmp_path / "adult.test").write_text(test)
+    found = people.load(tmp_path)
+    assert (found.train, found.test) == (whole.train, whole.test)
+    path = tmp_path / "mine.csv"
+    path.write_text(test)
+    half = people.load(path)
+    assert sorted(half.train + half.test) == sorted(whole.test)
+    assert len(half.train) == len(half.test) and half == people.load(str(path))
+    assert half.train != whole.test[::2], "a file may be sorted"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert half.sha256 == {"mine.csv": digest} and "half is the test" in half.source
 
 
 @pytest.mark.parametrize("header", [
     HEADER, HEADER.replace("-", "."), HEADER.replace("-", "_"), HEADER.replace("-", ""),
-    HEADER.replace("-", " ").title(), HEADER.upper(), ",".join(adult.FORMAT),
+    HEADER.replace("-", " ").title(), HEADER.upper(), ",".join(people.FORMAT),
     HEADER.replace("education-num", "educational-num").replace("sex", "gender"),
     HEADER.replace("income", "class"), HEADER.replace("income", "label"),
     HEADER.replace("income", " Salary "),
@@ -62,7 +101,7 @@ def test_without_a_header_the_order_is_ucis(read):
 
 
 def test_what_the_text_leaves_out_may_be_missing(read):
-    columns = zip(HEADER.split(","), adult.FORMAT, ROW.split(","))
+    columns = zip(HEADER.split(","), people.FORMAT, ROW.split(","))
     kept = [x for x in columns if x[1] not in adult.LEFT_OUT]
     names, _, cells = zip(*kept)
     person, = read(",".join(names) + "\n" + ",".join(cells))
@@ -120,7 +159,7 @@ FILE = f"{HEADER}\n{ROW}\n"
 CELLS = {  # a column: what it cannot hold
     "age": ("", "?", "NaN", "-1", "39.5", "3", "thirty"),     # 3: a group of ages
     "fnlwgt": ("",), "hours-per-week": ("", "NaN", "40h", "1e3"),
-    "workclass": ("4", "4.0", "-"), "sex": ("", "?", "M", "0", "1"),
+    "workclass": ("4", "4.0", "-", "a\0b", "\x1b[31m"), "sex": ("", "?", "M", "0", "1"),
     "income": ("2", "-1", "50000", "0.5", "10", "yes", "50K", "=50K", ">500K")}
 REFUSED = [
     (f"{HEADER},height\n{ROW},180", "line 1: 'height' is not one of"),
@@ -141,8 +180,9 @@ REFUSED = [
     (FILE + "," * 14, "line 3: age cannot be ''"),
     (ROW.replace("39,State-gov", "State-gov,39"), "line 1: age cannot be 'State-gov'"),
     (f"{','.join(map(str, range(15)))}\n{ROW}", "line 1: age cannot be '0'"),
-    (FILE.replace("White", '"White'), "cannot be read as CSV"),
-    (FILE.encode("utf-16"), "cannot be read as CSV"),
+    (FILE.replace("White", '"White'), "line 2: this is no CSV (unexpected end"),
+    (FILE.replace("White", '"Whi"te'), "line 2: this is no CSV (',' expected"),
+    (FILE.encode("utf-16"), "is not in UTF-8"),
     ("", "holds no rows"), (HEADER, "holds no rows")]
 for name, cells in CELLS.items():
     column = "label" if name == "income" else name.replace("-", " ")
@@ -162,6 +202,59 @@ def test_what_is_ambiguous_or_wrong_is_one_sentence(content, why, read):
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+    for data in (tmp_path / "nothing", "", os.devnull):
+        with pytest.raises(InputError, match="no folder, and no file"):
+            people.load(data)
     for name, why in (("nothing.csv", "No such file"), (".", "Is a directory")):
         with pytest.raises(InputError, match=rf"cannot be read \({why}"):
             people.read(tmp_path / name)
+
+
+@pytest.fixture()
+def uci(monkeypatch, tmp_path):
+    """UCI sends tiny/'s files and the cache is empty -> (what was asked for, cache)."""
+    asked = []
+
+    def send(url, **_):
+        asked.append(url)
+        name = url.split("/")[-1]
+        return io.BytesIO((adult.TINY / name).read_bytes())
+    for name in people.SHA256:
+        content = (adult.TINY / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        monkeypatch.setitem(people.SHA256, name, digest)
+    monkeypatch.setattr(urllib.request, "urlopen", send)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked, tmp_path / "faircon"
+
+
+def test_a_download_is_checked_and_kept(uci, monkeypatch):
+    asked, _ = uci
+    for _ in range(2):
+        found = people.load()
+        assert found.source == "UCI Adult"
+        assert found.sha256 == people.SHA256
+        assert (len(found.train), len(found.test)) == (8000, 4000)
+    once = [people.UCI + name for name in people.SHA256]
+    assert asked == once, "kept, yet asked for again"
+    monkeypatch.setitem(people.SHA256, "adult.test", "0" * 64)
+    with pytest.raises(InputError, match="adult.test does not have UCI's checksum"):
+        people.load()
+
+
+@pytest.mark.parametrize("thing, name, error", [
+    (urllib.request, "urlopen", urllib.error.URLError("no route")),
+    (urllib.request, "urlopen", http.client.IncompleteRead(b"39, Sta")),
+    (pathlib.Path, "replace", OSError("no space left")),
+    (pathlib.Path, "home", RuntimeError("no home")),
+])
+def test_without_ucis_data_the_twin_says_why(uci, monkeypatch, thing, name, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(thing, name, fail)
+    if name == "home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+    why = str(error).strip("<>").removeprefix("urlopen error ")
+    assert re.search(f"SYNTHETIC.*{re.escape(why[:20])}", people.load().source)
+    _, cache = uci
+    assert not list(cache.glob("*")), "the next run would take it for the data"

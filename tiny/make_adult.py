@@ -36,6 +36,7 @@ import numpy
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import adult  # noqa: E402  (one folder up)
+from beyond.people import SHA256  # noqa: E402
 
 SIZES = {"adult.data": 8000, "adult.test": 4000}
 LABELS = ("<=50K", ">50K")  # y = 0, y = 1
@@ -233,7 +234,7 @@ def read_real(path):
     """
     rows = adult.read(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != adult.SHA256["adult.data"]:
+    if digest != SHA256["adult.data"]:
         raise adult.InputError(f"{path} does not have the checksum of UCI's; "
                                "give --data the directory of the real file.")
     people = []

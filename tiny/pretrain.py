@@ -43,6 +43,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFas
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import adult  # noqa: E402  (one folder up)
+from beyond import people  # noqa: E402
 
 VOCABULARY = 1024  # V
 WIDTH = 128        # D
@@ -430,7 +431,7 @@ def save_pretrained(thing, out):
 
 def load_real(directory):
     """The people of the real files -> adult.Adult. Raises InputError."""
-    data = adult.load(directory)
+    data = people.load(directory)
     if "SYNTHETIC" in data.source:
         raise adult.InputError("the model is trained on the real adult.data, and UCI "
                                "could not be reached; give --data DIR.")
