@@ -16,7 +16,7 @@ import faircon
 import lora
 import train
 from adult import InputError
-from beyond import ablation, attacks, runs
+from beyond import ablation, attacks, runs, tasks
 from beyond.load import load_model
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def data():
-    return adult.load(adult.TINY)
+    return tasks.load(None, adult.TINY)
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_a_row_is_of_its_model_and_seed_whatever_ran_before(finished, data, monk
             "--test-rows", "4", "--jobs", "1")
     first, second = runs.read_json(finished / "attacks-gcg.json")["rows"]
     for seed in (0, 1):
-        assert loaded[seed] == (str(finished), "not-trained", seed, None, "cpu")
+        assert loaded[seed] == (str(finished), "not-trained", seed, None, "cpu", None)
         assert attacked[seed][1] == adult.split(data, 8, .5, 16, seed)
     work, asked, workers, place = pickle.loads(pickle.dumps(jobs[0]))
     assert work(*asked[1], place) == [second]
