@@ -17,7 +17,6 @@ adult.data and test rows from adult.test (`split`).
     python adult.py         # a row, its twins, a prompt; SYNTHETIC people
     python adult.py DIR     # the same of UCI's two files, and where x5.23 comes from
 """
-import collections
 import pathlib
 import sys
 import warnings
