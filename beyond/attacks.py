@@ -65,6 +65,10 @@ QUICK = {"people": (16, MOST), "most": MOST, "places": ("after",), "lengths": (1
          "climb": 40, "texts": 120, "tokens": 120, "chosen_on": 64, "test_rows": 200}
 FULL = {**QUICK, "people": (4, 8, 16, MOST), "places": tuple(PLACES), "climb": 160,
         "lengths": (10, 80, 160, 320, 600), "test_rows": 400}
+# What --only takes: the attacks whose name begins so.
+ONLY = {"few-shot": ("4 ", "8 ", "16 ", "full", "other wording"), "climb": ("climb",),
+        "random": ("random",), "written": ("written",), "gcg": ("gcg", "control: gcg"),
+        "gumbel": ("gumbel", "control: gumbel"), "sentences": ('"',)}
 # `short` has the attacks whose name begins so, in four columns.
 COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts",
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
@@ -375,7 +379,8 @@ TOKEN_ATTACKS = {
 def plan(size, room):
     """Every attack -> [(name, search, its arguments)], in the table's order."""
     attacks = []
-    for most in size["people"]:
+    smaller = [people for people in size["people"] if people < size["most"]]
+    for most in [*smaller, MOST]:
         for b in (1., .5, 0., -.5, -1.):
             people = "full" if most == MOST else f"{most} people"
             arguments = (min(most, size["most"]), b)
@@ -414,7 +419,7 @@ def search_all(target, size, seed):
     asked = list(dict.fromkeys(arguments for _, _, arguments in attacks))
     found = {}
     for name, search, arguments in attacks:
-        if name.startswith(size.get("only", "")):
+        if name.startswith(tuple(size.get("only", [""]))):
             rng = numpy.random.default_rng((seed, asked.index(arguments)))
             found[name] = search(target, *arguments, rng)
     return found
@@ -564,7 +569,7 @@ def size_of(args):
     for name in ("most", "chosen_on", "test_rows"):
         size[name] = getattr(args, name) or size[name]
     if args.only:
-        size["only"] = (args.only, f"control: {args.only}")
+        size["only"] = [begin for kind in args.only for begin in ONLY[kind]]
     return size
 
 
@@ -580,7 +585,7 @@ def run(args):
     folder = pathlib.Path(args.run)
     results = runs.read_run(folder)
     pairs = models_of(results, folder, args.models)
-    kind = args.only or ("full" if args.full else "quick")
+    kind = "-".join(args.only or ["full" if args.full else "quick"])
     asked = {"size": size_of(args), "device": args.device, "versions": runs.versions()}
     config = {**asked, "run": str(folder), "data": args.data,
               "task": args.task, "model_path": args.model_path}
@@ -604,8 +609,8 @@ def parser():
                    help="more prompts, longer ones, longer climbs, 400 test rows")
     p.add_argument("--models", nargs="+", choices=ATTACKED, metavar="KEY",
                    help=f"only these: {', '.join(ATTACKED)}")
-    p.add_argument("--only", choices=("climb", "random", "written", "gcg", "gumbel"),
-                   help="only the attacks whose name begins with this")
+    p.add_argument("--only", nargs="+", choices=ONLY, metavar="KIND",
+                   help=f"only these: {', '.join(ONLY)}")
     p.add_argument("--budget", type=runs.count, metavar="N",
                    help="prompts scored in a search (climb: 40, full 160; else 120)")
     p.add_argument("--most", type=runs.count, metavar="N",

@@ -505,7 +505,7 @@ def test_bad_input_is_one_sentence(finished, monkeypatch):
 
 
 def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):
-    size = {**SMALL, "lengths": (6, 640), "only": "gumbel", "chosen_on": 1}
+    size = {**SMALL, "lengths": (6, 640), "only": ["gumbel"], "chosen_on": 1}
     row = attacks.attack(model, people, data, size, 0)
     assert list(row["attacks"]) == ["gumbel, 6 tokens"]
     with pytest.raises(InputError, match="holds no prompt of these"):
