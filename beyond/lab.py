@@ -9,12 +9,14 @@ If a cell raises, the notebook stays as it was.
 import ast
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import pathlib
 
-from beyond import report, runs
+from adult import InputError
+from beyond import runs
 
 LAB = pathlib.Path(__file__).with_name("lab.ipynb")
 DPI = 60
@@ -72,7 +74,9 @@ def pictures(plt):
 
 
 def main():
-    report.pyplot()                                # draws to files, not to a screen
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the pictures need matplotlib: `pip install matplotlib`.")
+    os.environ["MPLBACKEND"] = "Agg"               # draws to files, not to a screen
     os.chdir(LAB.parent)                                # where Jupyter starts
     notebook = runs.read_json(LAB)
     cells, kept = code_cells(notebook), []

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from beyond import lab, report, runs
+from beyond import lab, runs
 
 SMALL = {"rows": 16, "test_people": 16, "rounds": 1, "phi_steps": 8, "draws": 1,
          "budget": 5, "models": ("not-trained", "cda", "robust")}
@@ -26,9 +26,7 @@ def notebook():
 @pytest.fixture(scope="module")
 def cells(notebook):
     """The code cells; without matplotlib those that do not draw."""
-    if PICTURES:
-        report.pyplot()
-    else:
+    if not PICTURES:
         warnings.warn("matplotlib is not installed: the cells that draw are left out")
     cells = lab.code_cells(notebook)
     return [cell for cell in cells if PICTURES or "plt." not in source(cell)]
@@ -41,6 +39,7 @@ def ran(cells):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(lab.LAB.parent)
         patch.setattr("sys.path", list(sys.path))
+        patch.setenv("MPLBACKEND", "Agg")
         for namespace, outputs in lab.execute(cells, SMALL):
             found.append(outputs)
     return namespace, found
