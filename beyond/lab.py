@@ -66,7 +66,8 @@ def pictures(plt):
     outputs = []
     for number in plt.get_fignums() if plt else ():
         png = io.BytesIO()
-        plt.figure(number).savefig(png, dpi=DPI, metadata={"Software": None})
+        plt.figure(number).savefig(png, dpi=DPI, bbox_inches="tight",
+                                   metadata={"Software": None})
         plt.close(number)
         data = {"image/png": base64.b64encode(png.getvalue()).decode()}
         outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
