@@ -16,8 +16,6 @@ import math
 import os
 import pathlib
 import re
-import sys
-import types
 
 import numpy
 import pytest
@@ -32,7 +30,6 @@ import lora
 import metrics
 import swa
 from adult import InputError
-from beyond import runs
 from beyond.robust import FollowingGame, RobustGame, RobustOptions
 from faircon import NO_PROMPT, Game, LanguageModel
 
@@ -138,18 +135,18 @@ def spy(monkeypatch, thing, name, see):
 # ------------------------------------------------------------------ 1.1 Fairness
 
 def test_metrics_by_hand():
-    """Four men answer 1, 0, 1, 1 and three women 1, 0, 0; then they change places."""
-    p = [[.9, .4], [.3, .3], [.8, .6], [.6, .3], [.2, .6], [.1, .4], [.6, .3]]
+    """Four men answer 1, 0, 1, 1 and three women 1, 1, 0; then they change places."""
+    p = [[.9, .4], [.3, .3], [.8, .6], [.6, .3], [.2, .6], [.1, .6], [.6, .3]]
     y = [1, 0, 0, 1, 1, 0, 1]
     s = [0, 0, 0, 0, 1, 1, 1]
     by_hand = {
-        "acc": 5 / 7,
-        "dpd": 3 / 4 - 1 / 3,
-        "deo": (1 / 2 - 0 / 1) + (2 / 2 - 1 / 2),
-        "positives": 4 / 7,
-        "gap": (.5 + 0 + .2 + .3 + .4 + .3 + .3) / 7,
-        "flip": 4 / 7,
-        "signed_gap": (.5 + 0 + .2 + .3 - .4 - .3 + .3) / 7,
+        "acc": 4 / 7,
+        "dpd": 3 / 4 - 2 / 3,
+        "deo": (1 / 1 - 1 / 2) + (2 / 2 - 1 / 2),
+        "positives": 5 / 7,
+        "gap": (.5 + 0 + .2 + .3 + .4 + .5 + .3) / 7,
+        "flip": 5 / 7,
+        "signed_gap": (.5 + 0 + .2 + .3 - .4 - .5 + .3) / 7,
     }
     assert metrics.evaluate(p, y, s) == pytest.approx(by_hand)
     by_hand["signed_gap"] *= -1
@@ -251,6 +248,7 @@ def test_few_shot_prompts_have_their_bias(data, counterbalance, b):
     lines = as_men.splitlines()[1:]
     in_pairs = all(lines.count(line) % 2 == 0 for line in lines)
     assert counterbalance == in_pairs
+    assert lines[:16] != lines[16:], "twins come in random order"
 
 
 ROW = ("39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, "
@@ -464,32 +462,23 @@ def test_a_bf16_model_answers_in_float32(data, tied):
     assert record["distance"] > 0, "it cannot be played with"
 
 
-def test_a_tokenizer_that_splits_digits_can_ask(model, data):
-    other = LanguageModel(model.model, tokenizer_with(like_llamas))
-    assert other.decode(other.answers.tolist()) == "01"
-    ends = {x_m[-1] for x_m, _ in other.questions(people_of(data, 4))}
-    assert other.decode(list(ends)) == " ", "the space belongs to the question"
-
-
 @pytest.mark.parametrize("why, change", [
     ("splits a prompt", {"type": "Prepend", "prepend": "x"}),
     ("no single", {"type": "Replace", "pattern": {"String": " 1"}, "content": ""}),
     ("no single", {"type": "Replace", "pattern": {"String": " 1"}, "content": " 0"}),
+    ("token 1013 .* has 1013 embeddings", None),
 ])
 def test_a_tokenizer_that_cannot_ask_is_refused(model, why, change):
+    network = copy.deepcopy(model.model)
+    if change is None:
+        network.resize_token_embeddings(1013)
     other = tokenizer_with(lambda described: described.update(normalizer=change))
     with pytest.raises(InputError, match=why):
-        LanguageModel(model.model, other)
-
-
-def test_a_tokenizer_of_another_model_is_refused(model):
-    network = copy.deepcopy(model.model)
-    network.resize_token_embeddings(1013)
-    with pytest.raises(InputError, match="token 1013 .* has 1013 embeddings"):
-        LanguageModel(network, model.tokenizer)
+        LanguageModel(network, other)
 
 
 def test_usable_tokens_are_text(model):
+    """And none is special, even where it is known as an added token only."""
     for i in model.usable:
         again = encode(model, model.decode([i]))
         assert again == [i], "this prompt cannot be typed"
@@ -497,23 +486,9 @@ def test_usable_tokens_are_text(model):
     assert allowed.flatten().tolist() == model.usable
     assert model.mask.min() == -math.inf
     assert len(allowed) > 500
-
-
-def test_a_special_token_is_never_usable(model):
-    """Even where it is known as an added token only."""
-    def make_special(described):
-        described["added_tokens"][-1]["special"] = True
-    other = LanguageModel(model.model, tokenizer_with(make_special))
-    assert other.usable == model.usable[:-1]
-
-
-def test_a_broken_model_gives_no_numbers(model, data):
-    network = copy.deepcopy(model.model)
-    network.transformer.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
-    broken = LanguageModel(network, model.tokenizer)
-    questions = broken.questions(people_of(data, 4))
-    with pytest.raises(InputError, match="NaN"):
-        broken.predict(questions)
+    other = tokenizer_with(lambda described: described["added_tokens"][-1].update(
+        special=True))
+    assert LanguageModel(model.model, other).usable == model.usable[:-1]
 
 
 @needs_gpt2
@@ -646,8 +621,8 @@ def upward(adversary, questions):
     return distance.item(), sigma * (slope - mean) / tau
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
+@pytest.mark.parametrize("given, sign", [((), 1), ((-1,), -1)])
+def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, given, sign):
     """sign +1 is the argmax of Eq. (3), -1 the min of Eq. (4)."""
     game = game_of(model, people_of(data, 4), tau=.7)
     shake(game.theta)
@@ -655,7 +630,7 @@ def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
     weights = copies(model.model.state_dict().values())
     phi = adversary.phi.detach().clone()
     distance, up = upward(adversary, game.questions)
-    assert adversary.step(game.questions, sign) == pytest.approx(distance, rel=.01)
+    assert adversary.step(game.questions, *given) == pytest.approx(distance, rel=.01)
     gradient = adversary.phi.grad
     assert close(-sign * gradient, up, .01), "not the distance's gradient"
     moved = adversary.phi.detach() - phi
@@ -669,13 +644,13 @@ def test_phi_steps_up_eq_3_or_down_eq_4_and_moves_alone(model, data, sign):
 
 def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
     game = game_of(model, people_of(data, 8), dropout=.5, phi_steps=3)
-    seen = []
     shake(game.theta)
     layers = lora.adapters(model.model).values()
     x = torch.arange(9)[None]
-    base = copies(layer.base.weight for layer in layers)
+    seen = []
 
-    def see(*_):
+    def see(questions, _):
+        assert len(questions) == 4, "not a batch"
         for layer in layers:
             assert layer.original is not None, "not merged"
         seen.append(model.model(x).logits)
@@ -685,26 +660,34 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
     assert same(seen, seen[:1] * 3), "theta or dropout moved"
     for layer in layers:
         assert layer.original is None, "still merged"
-    now = [layer.base.weight for layer in layers]
-    assert same(now, base)
 
 
-def test_phi_begins_as_noise_and_goes_on_over_the_rounds(model, data):
-    game = game_of(model, people_of(data, 8), prompt_length=30)
-    adversary = game.adversary
+def test_phi_begins_as_noise_and_its_tokens_are_text(model, data):
+    adversary = game_of(model, people_of(data, 8), prompt_length=30).adversary
     assert adversary.phi.shape == (30, 1024)
     assert abs(adversary.phi.std() - 1) < .05
-    steps = []
-    for _ in range(3):
-        before = adversary.phi.detach().clone()
-        game.phi_half()
-        adam = adversary.optimiser.state_dict()["state"][0]
-        steps.append(adam["step"].item())
-        moved = (adversary.phi - before).abs().max()
-        assert moved < 3 * game.options.phi_lr, "phi did not go on where it was"
-    assert steps == [2, 4, 6], "Adam began anew"
     adversary.phi.data[:, model.mask < 0] = 99.
     assert set(adversary.likeliest_ids()) <= set(model.usable)
+
+
+@pytest.mark.parametrize("kind, wanted", [(Game, [2, 4, 6]), (RobustGame, [2, 2, 2])])
+def test_phi_goes_on_over_the_rounds_or_begins_anew(model, data, kind, wanted):
+    """In RobustGame anew, at a length of its own."""
+    game = game_of(model, people_of(data, 8), kind, longest=60)
+    steps = []
+    lengths = set()
+    for _ in range(3):
+        before = game.adversary.phi.detach().clone()
+        game.phi_half()
+        phi = game.adversary.phi.detach()
+        lengths.add(len(phi))
+        adam = game.adversary.optimiser.state_dict()["state"][0]
+        steps.append(adam["step"].item())
+        goes_on = before.shape == phi.shape and (phi - before).abs().max() < 1
+        assert goes_on == (kind is Game)
+    assert steps == wanted, "Adam's steps"
+    assert len(lengths) == (1 if kind is Game else 3)
+    assert max(lengths) <= 60
 
 
 # ------------------------------------------------------------------ theta, Eq. (3)
@@ -738,6 +721,9 @@ def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
     assert (norm > 1) == (lam > 0), "one of both is to be clipped to norm 1"
     before = copies(game.theta)
+    frozen = [*model.model.buffers(), game.adversary.phi]
+    frozen += [layer.base.weight for layer in lora.adapters(model.model).values()]
+    as_it_was = copies(frozen)
     questions = game.questions
     if lam == 0:
         del terms["distance"]
@@ -756,21 +742,13 @@ def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
         moved = p.detach() - old
         wanted = -1e-3 * gradient.sign()
         assert torch.allclose(moved[steep], wanted[steep], rtol=.01)
+    assert same(frozen, as_it_was), "phi and the base are frozen here"
 
 
-def base_of(model):
-    """All that the network holds, trained or not."""
-    return [*model.model.buffers(), *model.model.parameters()]
-
-
-def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
+def test_theta_alone_has_dropout(model, data, monkeypatch):
     game = game_of(model, people_of(data, 8), dropout=.3)
-    modes = []
     layers = lora.adapters(model.model).values()
-    base = copies(base_of(model))
-    next(game.play())
-    phi = copies([game.adversary.phi])
-    theta = copies(game.theta)
+    modes = []
 
     def see(*_):
         modes.append({layer.training for layer in layers})
@@ -779,14 +757,6 @@ def test_theta_moves_lora_alone_and_has_dropout(model, data, monkeypatch):
     game.theta_step(range(4))
     assert modes == [{True}, {False}], "the frozen model's own dropout stays off"
     assert not any(layer.training for layer in layers)
-    assert same([game.adversary.phi], phi), "phi is frozen here"
-    for p, old in zip(game.theta, theta):
-        assert not torch.equal(p, old)
-    trained = set(map(id, game.theta))
-    for p, old in zip(base_of(model), base, strict=True):
-        is_trained = id(p) in trained
-        assert p.requires_grad == is_trained, "LoRA alone is trained"
-        assert is_trained or torch.equal(p, old), "the base moved"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, data):
@@ -861,37 +831,14 @@ def test_a_round_is_phis_turn_and_then_a_pass_of_theta(model, data, monkeypatch)
     assert game.done == 3
 
 
-def outcome(game):
-    """What a game has made: theta, SWA, phi, and how many weights SWA has seen."""
-    counts = torch.tensor([game.swa.n, game.done])
-    return copies([*game.theta, *game.swa.average, game.adversary.phi, counts])
-
-
-@pytest.mark.parametrize("kind", [Game, RobustGame])
-def test_a_saved_game_goes_on_bit_for_bit(model, data, kind, tmp_path):
-    given = {"swa": 1., "dropout": .3, "longest": 40}
-    people = people_of(data, 8)
-    torch.manual_seed(0)
-    game = game_of(model, people, kind, **given)
-    assert runs.load_state(game, tmp_path) == [], "there is none yet"
-    history = [next(game.play())]
-    runs.save_state(game, history, tmp_path)
-    rest = list(game.play())
-    whole = outcome(game)
-    torch.manual_seed(99)
-    game = game_of(model, people, kind, seed=5, **given)
-    assert runs.load_state(game, tmp_path) == history
-    assert list(game.play()) == rest
-    assert game.swa.n == 4
-    assert same(outcome(game), whole)
-
-
 def played(model, people, kind, **given):
+    """What a game has made: theta, SWA, phi, and how many weights SWA has seen."""
     torch.manual_seed(0)
     game = game_of(model, people, kind, **given)
     shake(game.theta[1::2], .01)                        # B: else dropout does nothing
     list(game.play())
-    return outcome(game)
+    count = torch.tensor(game.swa.n)
+    return copies([*game.theta, *game.swa.average, game.adversary.phi, count])
 
 
 DEFAULTS = {**dataclasses.asdict(RobustOptions()), **SMALL, "swa": .7}
@@ -925,19 +872,6 @@ def test_impossible_options_are_refused_by_name(name):
 
 # ------------------------------------------------------------------ RobustGame
 
-def test_robust_phi_begins_anew_at_a_length_of_its_own(model, data):
-    game = game_of(model, people_of(data, 8), RobustGame, longest=60)
-    sizes = set()
-    for _ in range(6):
-        game.phi_half()
-        adam = game.adversary.optimiser.state_dict()["state"][0]
-        assert adam["step"].item() == 2, "Adam must begin anew"
-        assert game.adversary.phi.std() < 1.1, "phi must begin anew"
-        sizes.add(len(game.adversary.phi))
-    assert len(sizes) > 3
-    assert max(sizes) <= 60
-
-
 def test_lengths_are_any_number_and_any_order_of_magnitude(model, data):
     """400 draws; expected above 280: 30.5 %, below 24: 27 %. Margins: over 4 sigma."""
     game = game_of(model, people_of(data, 4), RobustGame, longest=560)
@@ -952,24 +886,21 @@ def test_biased_shots_are_training_rows_whose_labels_all_favour_one_sex(model, d
     """b_Pc of every prompt is 1 or -1; they end with a whole row; both occur."""
     people = people_of(data, 8)
     game = game_of(model, people, RobustGame, longest=300)
-    seen, met = set(), set()
-    other = {"Male": "Female", "Female": "Male"}
-    known = {adult.question(p, "Male") + adult.answer(p) for p in people}
-    for _ in range(30):
+    favours = {}
+    for person in people:
+        for s, sex in enumerate(adult.SEXES):
+            text = adult.question(person, sex) + adult.answer(person) + "\n"
+            favours[text] = s if person.y == 1 else 1 - s
+    met = set()
+    for _ in range(100):
         g = game.biased_shots()
         assert len(g) <= 300
         text = model.decode(g)
-        assert text.endswith("\n"), "a whole row stands before the question"
-        favoured = set()
-        for shot in re.findall(adult.OPENING + r"[^\n]*\nlabel: [01]", text):
-            found = re.search(r"sex (\w+),.*\nlabel: ([01])", shot)
-            sex, y = found.groups()
-            favoured.add(sex if y == "1" else other[sex])
-            met.add(shot.replace("sex Female", "sex Male"))
+        shots = [adult.OPENING + rest for rest in text.split(adult.OPENING)[1:]]
+        favoured = {favours[shot] for shot in shots}
         assert len(favoured) < 2, "labels contradict each other"
-        seen |= favoured
-    assert seen == {"Male", "Female"}
-    assert met == known, "everybody stands in some prompt, and nobody else"
+        met.update(shots)
+    assert met == set(favours), "everybody stands in some prompt, as both sexes"
 
 
 def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(model, data):
@@ -1036,6 +967,9 @@ def test_merge_unmerge_and_inject_again(model):
     untouched = logits()
     injected = lora.inject(model.model, 4, 16.)
     assert len(injected) == 2 * 4, "q and v of every layer"
+    theta = set(lora.theta(model.model))
+    for p in model.model.parameters():
+        assert p.requires_grad == (p in theta), "LoRA alone is trained"
     assert torch.equal(logits(), untouched), "LoRA begins as the base"
     shake(lora.theta(model.model))
     apart = logits()
@@ -1103,6 +1037,8 @@ def test_an_adapter_comes_back_from_its_files(model, tmp_path):
     smaller.config.num_layers = 3
     with pytest.raises(InputError, match="it adapts other modules too"):
         lora.load(smaller, tmp_path)
+    with pytest.raises(InputError, match="nowhere holds no adapter"):
+        lora.load(smaller, tmp_path / "nowhere")
 
 
 @torch.no_grad()
@@ -1165,29 +1101,11 @@ def test_the_game_averages_the_last_share_of_its_steps(model, data, monkeypatch)
 
 # ------------------------------------------------------------------ tiny/
 
-@pytest.mark.parametrize("b", [1., -1.])
-def test_the_embedded_model_learns_in_context(model, data, b):
-    """Three draws of 16 shots: the signed gap is about .65 towards whom they favour."""
-    gaps = []
-    for seed in range(3):
-        rng = numpy.random.default_rng(seed)
-        shots = adult.few_shot(data.train, 16, b, rng)
-        people = adult.sample(data.test, 4, 0., rng)
-        found = faircon.measure(model, people, context=shots)
-        gaps.append(found["signed_gap"])
-    assert b * numpy.mean(gaps) > .4, "the shots' bias does not reach the answers"
-
-
 def test_the_synthetic_twin_is_like_adult(data):
     assert "SYNTHETIC" in data.source
     assert (len(data.train), len(data.test)) == (8000, 4000)
     for people, b in ((data.train, .1963), (data.test, .1911)):
         assert adult.base_rates(people)[0] == pytest.approx(b, abs=.01)
-    relationship = adult.COLUMNS.index("relationship")
-    sex_of = {"Husband": 0, "Wife": 1}
-    for person in data.train + data.test:
-        value = person.values[relationship]
-        assert person.s == sex_of.get(value, person.s)
 
 
 @needs_real
@@ -1203,86 +1121,6 @@ def test_the_synthetic_twin_copies_nobody_beyond_chance(data):
     assert numpy.mean(twin) <= numpy.mean(unseen)
 
 
-# ------------------------------------------------------------------ the exercises
-
-@pytest.fixture()
-def tried(monkeypatch, capsys):
-    """Run a lesson as its last line suggests -> the numbers it prints, line by line."""
-    def run(name, suggestion, old, new):
-        path = HERE / name
-        text = path.read_text("utf-8")
-        assert f"now try: {suggestion}" in text, "the lesson suggests something else"
-        assert text.count(old) == 1, f"{name} has no such line: {old}"
-        module = types.ModuleType("tried")
-        module.__file__ = str(path)
-        monkeypatch.setitem(sys.modules, "tried", module)
-        monkeypatch.setattr(sys, "argv", [name, str(adult.TINY)])
-        exec(compile(text.replace(old, new), name, "exec"), vars(module))
-        module.lesson()
-        *lines, _ = capsys.readouterr().out.splitlines()
-        found = [re.findall(r"\d+\.\d+", line) for line in lines]
-        return [list(map(float, numbers)) for numbers in found if numbers]
-    return run
-
-
-def test_try_adult_with_relationship(tried):
-    with pytest.raises(AssertionError, match=r"\d of 8000 questions give sex away"):
-        tried("adult.py", "take relationship out of LEFT_OUT",
-              '"marital status", "relationship")', '"marital status")')
-
-
-def test_try_metrics_of_halved_values(tried):
-    rows = tried("metrics.py", "halve X for women",
-                 "x + model_uses_s * (.5 - asked_as)",
-                 "x * (1 - model_uses_s * asked_as / 2)")
-    for innocent, unfair in (rows[0:2], rows[2:4]):
-        assert unfair[:2] == innocent[:2], "neither DPD nor DEO sees it"
-        assert unfair[2] > .08, "the gap does"
-
-
-def test_try_gumbel_at_a_large_rate(tried):
-    rows = tried("gumbel.py", "lr=1. in figure_4", "lr=.1)", "lr=1.)")
-    averages = [average for tau, phi, average in rows[-3:]]
-    assert averages[0] > 4 * averages[2], "where steps are large, a small tau is noise"
-
-
-def test_try_swa_from_the_start(tried):
-    rows = tried("swa.py", "start=0", "start=200", "start=0")
-    averages = [average for lr, last, average in rows[:3]]
-    assert averages[0] > .705, "the slow one remembers where it began"
-    assert max(averages[1:]) < .6, "the others gain: more is averaged"
-
-
-def test_try_lora_on_k_too(tried):
-    rows = tried("lora.py", "LoRA on k_proj too (TARGETS)",
-                 '("q_proj", "v_proj")', '("q_proj", "k_proj", "v_proj")')
-    share = rows[-1][0]
-    assert share == .712
-    assert round(share * 22 / 32, 2) == .49, "r = 22 is about .5 %"
-
-
-def test_try_the_game_at_another_lam(tried):
-    rows = tried("faircon.py", "lam = 0.1 in `lesson`", "(0., 1.)", "(0., .1)")
-    gaps = [rows[-7][-1], rows[-1][-1]]
-    assert gaps[1] < .5 * gaps[0], "a small lam closes most of the gap"
-
-
-def test_try_short_prompts_in_the_robust_game(tried):
-    rows = tried("beyond/robust.py", "longest=20", "longest=200", "longest=20")
-    paper, robust = rows[-2][-1], rows[-1][-1]
-    assert robust > .7 * paper, "20 tokens hardly protect from whole rows"
-
-
-def test_try_smaller_groups_of_weights(tried):
-    suggestion = "group=8 in `lesson`"
-    before = tried("beyond/quantise.py", suggestion, "bits, group=32)\n        error",
-                   "bits, group=32)\n        error")
-    after = tried("beyond/quantise.py", suggestion, "bits, group=32)\n        error",
-                  "bits, group=8)\n        error")
-    for old, new in zip(before, after):
-        assert numpy.mean(new[4:]) < .8 * numpy.mean(old[4:]), "a scale fits 8 better"
-
-
 # ------------------------------------------------------------------ the house
 
 def lessons():
@@ -1295,16 +1133,6 @@ def test_no_line_is_wider_than_half_a_screen():
             lines = path.read_text("utf-8").splitlines()
             for number, line in enumerate(lines, 1):
                 assert len(line) <= 88, f"{path.name}, line {number}"
-
-
-def test_no_lesson_needs_beyond():
-    for text in lessons():
-        assert not re.search(r"(from|import) beyond", text)
-
-
-def test_grep_finds_every_equation():
-    for k in (1, 2, 3, 4):
-        assert any(f"Eq. ({k})" in text for text in lessons()), f"Eq. ({k})"
 
 
 def test_readme_names_only_what_exists():
