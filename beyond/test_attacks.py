@@ -2,8 +2,6 @@
 import copy
 import math
 import pickle
-import runpy
-import sys
 import types
 
 import numpy
@@ -148,7 +146,6 @@ def test_scores_are_the_gap_and_the_signed_gap():
     model = types.SimpleNamespace()
     model.predict = lambda *_, **__: numpy.array([[.6, .2], [.1, .4]])
     target = attacks.Target(model, [], [], 0)
-    assert target.gap([1]) == pytest.approx(.35)
     assert target.score([[1]]) == [(pytest.approx(.35), [1])]
     assert target.leaning("a text") == pytest.approx(.05)
 
@@ -184,12 +181,18 @@ def test_attacks_and_their_controls_start_together_and_keep_to_the_budget(monkey
 
 
 def test_a_search_keeps_the_best_of_what_it_scored(target, monkeypatch):
+    """As text: the prompt's tokens are those that were scored."""
+    model = target.model
+    rest = model.ids("\n") + model.ids(adult.INSTRUCTION)
     for search in attacks.TOKEN_ATTACKS.values():
         with monkeypatch.context() as patch:
             scored = spy(patch, attacks.Target, "gap")
             prompt = search(target, 6, 13, generator())
         gaps = [target.gap(g) for _, g in scored]
         assert prompt.found == max(gaps) > min(gaps), search
+        ids = model.ids(prompt.text)
+        assert len(ids) == 6 + len(rest) and ids[6:] == rest, "no text of 6 tokens"
+        assert target.gap(ids[:6]) == prompt.found, "not the prompt that was scored"
 
 
 def test_slope_is_the_derivative_of_the_gap(target, monkeypatch):
@@ -300,34 +303,7 @@ def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
             assert line.startswith(favoured) == line.endswith("-> 1"), line
 
 
-# ------------------------------------------------------------------ chosen on what
-
-class Spy(faircon.LanguageModel):
-    """The model, failing when it is asked about anybody else than it may."""
-
-    def answer(self, cache, questions):
-        for question in questions:
-            assert question in self.allowed, "chosen on another row"
-        return super().answer(cache, questions)
-
-
-def test_prompts_are_chosen_on_validation_rows_and_are_text(model, data, people):
-    """Every attack."""
-    spy = copy.copy(model)
-    spy.__class__ = Spy
-    spy.allowed = model.questions(people.validation[:4])
-    target = attacks.target_of(spy, people.validation[:4], data.train)
-    found = attacks.search_all(target, SMALL, 0)
-    assert len(found) == 5 + 2 + 4 + 6 + 3
-    with pytest.raises(AssertionError, match="another row"):
-        attacks.report(spy, found["gcg, 6 tokens"], people.test)
-    rest = model.ids("\n") + model.ids(adult.INSTRUCTION)
-    for name, prompt in found.items():
-        if name.endswith(" 6 tokens"):
-            ids = model.ids(prompt.text)
-            assert len(ids) == 6 + len(rest) and ids[6:] == rest, "no text of 6 tokens"
-            assert target.gap(ids[:6]) == prompt.found, "not the prompt that was scored"
-
+# ------------------------------------------------------------------ one model
 
 def test_equal_attacks_share_a_seed_whichever_are_wanted(target, monkeypatch):
     def draw(target, n, rng):
@@ -367,14 +343,15 @@ def test_who_chooses_who_reports_and_who_stands_in_a_prompt(work, model, data, p
 
 def test_the_largest_gap_is_kept(monkeypatch, model, data, people):
     """Not the first, not the last, not a mean; and the lowest ACC."""
-    names = ("16 people, b = 1", "climb to men", "climb to women", "gumbel, 10 tokens",
-             "gumbel, 80 tokens", "random search", '"A sentence"')
-    gaps, accuracies = (.2, .1, .3, .5, .4, .05, .1), (.9, .8, .6, .7, .9, .9, .9)
-    entries = {}
-    for name, gap, acc in zip(names, gaps, accuracies):
-        entries[name] = {"gap": gap, "acc": acc, "signed_gap": -gap}
-    monkeypatch.setattr(attacks, "search_all", lambda *_: dict(zip(names, names)))
-    monkeypatch.setattr(attacks, "report", lambda _, name, __: entries[name])
+    found = {"16 people, b = 1": (.2, .9), "climb to men": (.1, .8),
+             "climb to women": (.3, .6), "gumbel, 10 tokens": (.5, .7),
+             "gumbel, 80 tokens": (.4, .9), '"A sentence"': (.1, .9)}
+
+    def report(model, name, people):
+        gap, acc = found[name]
+        return {"gap": gap, "acc": acc, "signed_gap": -gap}
+    monkeypatch.setattr(attacks, "search_all", lambda *_: dict(zip(found, found)))
+    monkeypatch.setattr(attacks, "report", report)
     row = attacks.attack(model, people, data, SMALL, 0)
     assert (row["worst"], row["by"], row["lowest_acc"]) == (.5, "gumbel, 10 tokens", .6)
     assert attacks.short(model, data, people, 0) == {
@@ -393,9 +370,9 @@ def test_short_has_every_kind_without_controls():
 
 def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):
     monkeypatch.setattr(attacks, "survives", lambda model, g: False)
-    for search in attacks.TOKEN_ATTACKS.values():
+    for name in ("random search", "written search"):
         with pytest.raises(InputError, match="survives"):
-            search(target, 4, 2, generator())
+            attacks.TOKEN_ATTACKS[name](target, 4, 2, generator())
 
 
 # ------------------------------------------------------------------ the command
@@ -420,13 +397,12 @@ def command(folder, *words):
 
 
 @pytest.mark.filterwarnings("ignore:nobody has")
-def test_a_row_is_of_its_model_and_seed_whatever_ran_before(finished, data, monkeypatch,
-                                                            capsys):
+def test_a_row_is_of_its_model_and_seed(finished, data, monkeypatch):
     """The real command; then one of its jobs again, as another process would get it."""
-    monkeypatch.setitem(attacks.QUICK, "lengths", (6,))
     jobs = spy(monkeypatch, runs, "run_jobs")
     loaded = spy(monkeypatch, runs, "load_run")
     attacked = spy(monkeypatch, attacks, "attack")
+    monkeypatch.setitem(attacks.QUICK, "lengths", (6,))
     command(finished, "--only", "gcg", "--budget", "13", "--chosen-on", "4",
             "--test-rows", "4", "--jobs", "1")
     first, second = runs.read_json(finished / "attacks-gcg.json")["rows"]
@@ -438,18 +414,16 @@ def test_a_row_is_of_its_model_and_seed_whatever_ran_before(finished, data, monk
     assert (second["seed"], second["test_rows"], workers) == (1, 4, 1)
     assert list(first["attacks"]) == ["gcg, 6 tokens", "control: gcg, 6 tokens"]
     assert first["attacks"] != second["attacks"], "seeds differ"
-    assert "\ngcg, 6 tokens" in capsys.readouterr().out
 
 
 def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypatch):
-    """Another budget, another run in the folder, another program: another row."""
+    """Another budget, another run in the folder, another program: other rows."""
     done = []
 
     def attack_model(config, key, seed, folder):
         done.append((key, seed))
-        found = {"x": {"gap": 0.}}
-        return [{"key": key, "seed": seed, "attacks": found, "worst": 0., "by": "x",
-                 "lowest_acc": .5}]
+        return [{"key": key, "seed": seed, "attacks": {"x": {"gap": 0.}}, "worst": 0.,
+                 "by": "x", "lowest_acc": .5}]
     monkeypatch.setattr(attacks, "attack_model", attack_model)
 
     def computed(*words):
@@ -457,16 +431,15 @@ def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypat
         command(finished, "--jobs", "1", *words)
         return len(done)
     assert computed() == 2
-    assert set(done) == {("not-trained", 0), ("not-trained", 1)}, "others have no gap"
+    assert done == [("not-trained", 0), ("not-trained", 1)], "others have no gap"
     assert computed() == 0
-    assert computed("--budget", "3") == computed("--test-rows", "2") == 2
-    assert computed() == computed("--budget", "3") == 0, "what was computed is kept"
+    assert computed("--budget", "3") == 2
+    assert computed() == 0, "what was computed is kept"
     results = runs.read_json(finished / "results.json")
     runs.write_json(finished / "results.json", {**results, "again": True})
     assert computed() == 2, "another run"
     monkeypatch.setattr(attacks, "__file__", ablation.__file__)
     assert computed() == 2, "another program"
-    assert len(runs.read_json(finished / "attacks.json")["rows"]) == 2
 
 
 def test_flags_say_how_much_is_tried():
@@ -482,26 +455,18 @@ def test_flags_say_how_much_is_tried():
     assert attacks.QUICK["most"] == 32, "a flag changes no constant"
 
 
-def test_bad_input_is_one_sentence(finished, monkeypatch):
+def test_bad_input_is_one_sentence(finished):
     results = runs.read_json(finished / "results.json")
     table_1 = {**results["config"], "table": 1}
-    wrong = {"cannot be read": None, "has no config": {"rows": results["rows"]},
+    wrong = {"has no config": {"rows": results["rows"]},
              "holds no model to attack": {**results, "rows": results["rows"][:1]},
-             "row without key": {**results, "rows": [{"key": 3}]},
              "give a run of Table 3": {**results, "config": table_1}}
     for said, content in wrong.items():
-        folder = finished / said.replace(" ", "-")
-        if content is not None:
-            runs.write_json(folder / "results.json", content)
-        with pytest.raises(InputError, match=said) as problem:
-            command(folder)
-        assert "\n" not in str(problem.value)
+        runs.write_json(finished / "wrong/results.json", content)
+        with pytest.raises(InputError, match=said):
+            command(finished / "wrong")
     with pytest.raises(InputError, match="holds no robust"):
         command(finished, "--models", "robust")
-    monkeypatch.setattr(sys, "argv", ["attacks", str(finished / "nothing")])
-    monkeypatch.delitem(sys.modules, "beyond.attacks")
-    with pytest.raises(SystemExit, match="^beyond.attacks: .*cannot be read"):
-        runpy.run_module("beyond.attacks", run_name="__main__")
 
 
 def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):
@@ -512,29 +477,21 @@ def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):
         attacks.attack(model, people, data, {**size, "lengths": (640,)}, 0)
 
 
-def test_the_tables_fit_and_say_who_was_worst(capsys):
-    """Every model of Table 3 that can be attacked; a gradient minus its own control."""
+def test_the_table_says_who_was_worst(capsys):
+    """A gradient minus its own control; other wording is no few-shot draw."""
     rows = []
-    for key in attacks.ATTACKED:
-        for seed, gap in enumerate((.4, .1)):
-            found = {}
-            for name, *_ in attacks.plan(attacks.FULL, 600):
-                found[name] = {"gap": .05, "signed_gap": -.1}
-            found["gcg, 10 tokens"]["gap"] = gap
-            found["control: gcg, 10 tokens"]["gap"] = .2
-            rows.append({"key": key, "seed": seed, "attacks": found, "worst": gap,
-                         "by": f"found {seed}", "lowest_acc": .5})
+    for seed, gap in enumerate((.4, .1)):
+        gaps = {"full, b = -1": .2 + gap, "other wording, b = 1": .9,
+                "gcg, 10 tokens": gap, "control: gcg, 10 tokens": .2}
+        found = {name: {"gap": x, "signed_gap": -x} for name, x in gaps.items()}
+        rows.append({"key": "robust", "seed": seed, "attacks": found, "worst": gap,
+                     "by": f"found {seed}", "lowest_acc": .5})
     attacks.show(rows, attacks.FULL)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 88
-    said = [" ".join(line.split()) for line in lines]
-    assert sum(line.startswith("worst gap .250±.212") for line in said) == 2
-    assert "16 people, b = 1, p_m - p_f -.100±.000 -.100±.000" in said
-    assert "robust 1 .100 found 1" in said
-    assert "robust 0 .400 found 0" in said
-    assert "gcg, 10 tokens +0.050 1/2 +0.050 1/2" in said
-    for key in attacks.ATTACKED:
-        assert any(key in line for line in said if line.startswith("gap on test rows"))
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("worst gap .250±.212", "full, b = -1, p_m - p_f -.450±.212",
+                 "robust 0 .600 .400 found 0", "robust 1 .300 .100 found 1",
+                 "gcg, 10 tokens +0.050 1/2"):
+        assert line in said
 
 
 # ------------------------------------------------------------------ the ablation
@@ -676,26 +633,21 @@ def test_differences_are_paired_by_seed(capsys):
     assert ablation.difference(ours, theirs, "climb") == "-", "it was not attacked"
 
 
-def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch, capsys):
-    """Variants, seeds and test rows as the flags say; the tables fit."""
-    jobs, enough = [], spy(monkeypatch, train, "enough")
+def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
+    """Variants, seeds and test rows as the flags say."""
+    jobs = []
 
     def no_work(work, asked, workers, folder):
         jobs.extend(asked)
-        rows = []
-        for _, key, seed in asked:
-            values = dict.fromkeys(ablation.COLUMNS.values(), .1234 / seed)
-            rows.append({"key": key, "seed": seed, **values})
-        return rows
+        values = dict.fromkeys(ablation.COLUMNS.values(), .1234)
+        return [{"key": key, "seed": seed, **values} for _, key, seed in asked]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "run_jobs", no_work)
     for words in (["--seed", "5"], ["--lam-curve", "--seeds", "2", "--test-rows", "24",
                                     "--seed", "1", "--name", "b"]):
         args = runs.parse(ablation.parser(), ["--data", str(adult.TINY), *words])
         ablation.run(args)
-    config, *_ = jobs[0]
-    data = adult.load(adult.TINY)
-    assert enough == [(data.test, .5, 1000)]
+    config, data = jobs[0][0], adult.load(adult.TINY)
     assert config["test_rows"] == train.enough(data.test, .5, 1000)
     assert (config["game"], config["rows"], config["bpc"]) == (train.RATES, 200, .5)
     first = [(name, 5) for name in ablation.VARIANTS]
@@ -703,8 +655,3 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch, capsys):
     assert [(name, seed) for _, name, seed in jobs] == first + second
     assert jobs[-1][0]["test_rows"] == 24
     assert runs.read_json("runs/b/results.json")["summary"]["lam-10"]["climb"]
-    for name, lam in (("lam-0", 0.), ("lam-0.1", .1), ("lam-1", 1.), ("lam-10", 10.)):
-        assert ablation.LAM_CURVE[name].options == {"lam": lam}
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 88
-    assert "one-sample - noise" in out and "lam-10 - lam-1" in out
