@@ -13,8 +13,7 @@ import adult
 import train
 from adult import InputError
 from beyond import ablation, attacks, people, quantise, runs, tasks
-from beyond.report import results_of
-from beyond.test_beyond import command, refused
+from beyond.test_beyond import command, refused, results_of
 
 @pytest.fixture()
 def hiring(tmp_path, monkeypatch):
