@@ -190,6 +190,7 @@ def parser():
                        help=", ".join(VARIANTS))
     which.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
     p.add_argument("--test-rows", type=runs.count, help="1000, or as many as there are")
+    p.add_argument("--shots", type=runs.count, default=16, help="as for train.py (16)")
     p.add_argument("--jobs", type=runs.count, default=runs.cores())
     p.add_argument("--resume", type=runs.folder_name, metavar="NAME",
                    help="go on with runs/NAME, with its flags")
@@ -203,7 +204,8 @@ def run(args):
     data = train.load_data_once(args.data, args.task)
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
-              "game": train.RATES, "seed": args.seed, "seeds": args.seeds, "shots": 16,
+              "game": train.RATES, "seed": args.seed, "seeds": args.seeds,
+              "shots": args.shots,
               "test_rows": args.test_rows or train.enough(data.test, .5, 1000)}
     for name in names:
         runs.say(f"    {name:<18} {variants[name].title}")
