@@ -75,8 +75,8 @@ def load(directory=TINY):
 
 def called(directory):
     """What to call the data of a folder."""
-    twin = pathlib.Path(directory).resolve() == TINY
-    return f"{directory}{' (SYNTHETIC twin of Adult)' * twin}"
+    synthetic = pathlib.Path(directory).resolve() == TINY
+    return f"{directory}{' (SYNTHETIC stand-in for Adult)' * synthetic}"
 
 
 def read(path):

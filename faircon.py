@@ -277,7 +277,7 @@ def shared(texts):
 # ------------------------------------------------------------------ the two terms
 
 def task(own, people, answers):
-    """L of Eq. (3): cross-entropy of the answer; logits (B, V) as people's own sex."""
+    """L of Eq. (3): cross-entropy of the answer; logits (B, V), each as their sex."""
     y = torch.tensor([p.y for p in people], device=own.device)
     return F.cross_entropy(own, answers[y])
 
@@ -312,8 +312,9 @@ def option(default, low, high, meaning):
 
 @dataclass
 class Options:
-    """The game's settings: what the paper has, else its released code.
+    """The game's settings: what the paper has, else (but for lam) its released code.
 
+    23 steps of phi are one pass over 200 people.
     InputError for a value outside its range.
     """
     lam: float = option(1., 0, 1e9, "weight of the distance in Eq. (3)")

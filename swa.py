@@ -54,8 +54,8 @@ def noisy_descent(lr, steps=400, start=200):
 
 
 def lesson():
-    print("||w||^2 / 2, noisy gradients: distance to the minimum after 400 steps (from "
-          "10)\n\nlearning rate    last w    SWA of the last 200")
+    print("||w||^2 / 2, noisy gradients: distance to the minimum after 400 steps (10 "
+          "at the start)\n\nlearning rate    last w    SWA of the last 200")
     for lr in (.05, .2, .8):
         last, averaged = noisy_descent(lr)
         print(f"{lr:<13} {last:9.2f} {averaged:9.2f}")

@@ -7,23 +7,23 @@
     Table 3's models    theta is trained on            given
     always-0            nothing: the answer is 0
     not-trained         nothing
-    averaged            nothing: the mean of the two twins' answers
-    no-sex              nothing; the question does not say the sex
+    averaged            nothing: the mean of the twins' answers
+    no-sex              nothing; the question (not the shots) leaves out sex
     fine-tuned          the task                       no prompt
-    cda                 the task, both twins (counter- no prompt
-                        factual data augmentation)
+    cda                 the task, both twins           no prompt
     faircon             Eq. (3)                        the adversary's prompt
     fine-tuned-shots    the task                       biased shots
     shots               task + lam * distance          biased shots
     cda-shots           the task, both twins           biased shots
     robust              Eq. (3)                        the adversary's, biased shots
-    following           Eq. (3); given shots the       the adversary's, any shots
-                        untrained twins' mean answer
+    following           Eq. (3); given shots the task  the adversary's, any shots
+                        is to answer as the untrained
+                        model does, mean of the twins
 
 All share people, seeds, rounds and rates, but for `following`, whose lam is .3.
 RobustGame's own settings (lengths, phi's rate, a fresh phi, two prompts a step) are in
-beyond/robust.py; both twins make a batch twice as large, so that every row takes as
-many steps.
+beyond/robust.py; with both twins (CDA, counterfactual data augmentation) a batch is
+twice as large, so that all rows take equally many steps.
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
@@ -69,7 +69,7 @@ MODELS = {
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
-    "shots": Recipe("biased shots only", RobustGame, fair=True),
+    "shots": Recipe("biased shots and the distance", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
     "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True),
     # At lam = 1 the shortest way to close the gap is not to read the shots.
@@ -79,8 +79,8 @@ MODELS = {
 EXTRA = ("fine-tuned-shots", "following")
 QUICK_MODELS = ("always-0", "not-trained", "fine-tuned", "faircon", "robust")
 QUICK = {"longest": 100, "rounds": 5}
-# Where the default command departs from the paper's rates, for every row alike. (With
-# dropout the twins' texts have other masks, a distance that is not theirs.)
+# Where the default command departs from the released rates, for every row alike. (With
+# dropout the twins' texts have different masks, a distance that is not theirs.)
 RATES = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
 # Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
 TABLE_3 = {"fine-tuned": (63.0, .183, .142), "faircon": (51.0, .136, .081)}
@@ -102,11 +102,12 @@ def parser():
     g.add_argument("--prompt-only", action="store_true",
                    help="Eq. (4): the model frozen, a fair prompt learned")
     g.add_argument("--paper", action="store_true",
-                   help="the paper's rates, else its released code's, in every row")
+                   help="what the paper prints, else its released code's rates")
     g.add_argument("--quick", action="store_true",
                    help="fewer models, rounds and test rows, shorter prompts")
     g.add_argument("--models", nargs="+", choices=[*MODELS, "all"], metavar="KEY",
-                   help=f"some of Table 3's: {', '.join(MODELS)}; all")
+                   help=f"some of Table 3's: {', '.join(MODELS)}; all "
+                   f"(default: all but {', '.join(EXTRA)})")
     g.add_argument("--resume", type=runs.folder_name, metavar="NAME",
                    help="go on with the interrupted run runs/NAME, with its flags")
     g.add_argument("--jobs", type=runs.count, metavar="N",
@@ -147,7 +148,7 @@ def parser():
     for f in dataclasses.fields(RobustOptions):
         note = f"{getattr(Options, f.name, f.default):g}"
         if f.name in RATES:
-            note = f"{RATES[f.name]:g}; paper {note}"
+            note = f"{RATES[f.name]:g}; released {note}"
         elif f.default != getattr(Options, f.name, f.default):
             note += f"; robust {f.default:g}"
         g.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
@@ -300,8 +301,8 @@ def measure_all(model, people, data, config, key, seed, place):
 
 
 def follows(model, people, data, config, key, seed):
-    """Mean p of 200 test people, as their own sex, given 16 that are all 1, minus given
-    16 that are all 0: near 0 for a model that does not read its examples."""
+    """Mean p of 200 test people, as their own sex, given people who are all 1, minus
+    given people who are all 0: near 0 for a model that does not read them."""
     some, means = people.test[:200], []
     for y in (1, 0):
         rng = numpy.random.default_rng((seed, 7))
@@ -415,7 +416,9 @@ def prepare(args):
         "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
         "seed", "chat")}
     config["game"], config["models"] = given_options(args), models_of(args)
-    options = [options_of(config, key) for key in MODELS][-1]     # RobustOptions
+    for key in MODELS:
+        options_of(config, key)                          # InputError before any work
+    options = options_of(config, "robust")
     exact = {1: 8, 2: 16}.get(args.table, 2)       # a multiple of it has every b_Pc
     if args.shots % exact:
         raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "

@@ -49,7 +49,7 @@ class GoesOn(RobustGame):
 
 
 class Written(RobustGame):
-    """Texts that the model writes itself in each round, in the place of biased shots.
+    """Texts that the model writes itself in each round, instead of biased shots.
 
     The paper's own thought, section 4: "replace the categorical distribution to another
     LLM".
@@ -81,8 +81,8 @@ VARIANTS = {
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
     "goes-on": Variant("phi goes on over the rounds", GoesOn),
     "written": Variant("the model's own texts for shots", Written),
-    "no-sex": Variant("fine-tuned, sex left out", faircon.Game, row="fine-tuned",
-                      sex=False)}
+    "fine-tuned-no-sex": Variant("fine-tuned, sex left out", faircon.Game,
+                                 row="fine-tuned", sex=False)}
 LAM_CURVE = {}
 for lam in (0., .1, 1., 10.):
     LAM_CURVE[f"lam-{lam:g}"] = Variant(f"lam = {lam:g}", options={"lam": lam})

@@ -3,7 +3,8 @@
     before     what the template writes in front of a user's turn: BOS, a system message
     the turn   g   newline   context   question
     after      the end of the turn, and the header of the reply
-    answer     the first token of the reply: "0" or "1", no space in front
+    answer     the first token of the reply: "0" or "1", no space in front, unlike the
+               shots' answers, which stand in the turn
 
     python train.py --model smollm2 --chat
 """
@@ -11,12 +12,12 @@ import adult
 from adult import InputError
 from faircon import LanguageModel
 
-# Some templates say what day it is, and a run must come out again on any day.
+# Some templates write today's date; a fixed one keeps a run reproducible.
 DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
 
 
 class Chat(LanguageModel):
-    """LanguageModel that asks in a chat. InputError where that cannot be."""
+    """LanguageModel that asks in a chat. InputError where the template rules it out."""
 
     def __init__(self, model, tokenizer):
         self.before, self.after = around(tokenizer)

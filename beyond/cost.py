@@ -1,7 +1,7 @@
 """NOT IN THE PAPER: what the game costs, in texts a second, FLOP and GB.
 
     text             one person as one sex, forward and backward
-    sdpa             faircon with torch's fused attention in the place of "eager"
+    sdpa             faircon with torch's fused attention instead of "eager"
     straight         the straightforward way, for comparison: one person at a time, both
                      whole texts, prompt and all, logits at every position
     matrix rate      GFLOP/s of a 1024 x 1024 matrix product: what the hardware gives

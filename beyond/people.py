@@ -1,9 +1,10 @@
 """NOT IN THE PAPER: Adult's people from UCI, or from users' own CSV files.
 
     --data    a folder of adult.data and adult.test; or one file, of which a random half
-              is the test; without it UCI's, else the synthetic twin in tiny/
+              is the test; without it UCI's, else the synthetic stand-in in tiny/
     header    UCI's, Kaggle's or OpenML's names in any order; without one, UCI's order.
-              It may lack what the text leaves out; a first column may have no name
+              fnlwgt, marital status and relationship may be missing; a first column
+              without a name is an index
     words     in any case; empty, NaN and ? are a missing one, "?"
     label     <=50K or >50K, or 0 or 1 (over $50k); a full stop may follow
 
@@ -102,7 +103,7 @@ def find():
                                  "run again, or give --data DIR.")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        why = f"SYNTHETIC twin of Adult; no UCI data: {reason!s:.44}"
+        why = f"SYNTHETIC stand-in for Adult; no UCI data: {reason!s:.44}"
         return adult.TINY, f"tiny/ ({why})"
     return cache, "UCI Adult"
 

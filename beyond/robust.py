@@ -10,7 +10,7 @@ Labelled people stand in front of a question when a model is used few-shot (sect
 and ten tokens that an adversary found do not look like them. RobustGame's theta learns
 to ignore them. FollowingGame's theta learns to be fair and still to read them.
 
-    python -m beyond.robust     # both games on forty people, then biased shots
+    python -m beyond.robust     # the paper's game and RobustGame on forty people
 """
 import copy
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from faircon import option
 
 @dataclass
 class RobustOptions(faircon.Options):
-    """The paper's, but for phi's rate."""
+    """faircon.Options with another rate for phi, and the longest prompt."""
     phi_lr: float = option(3., 1e-30, 1e9, "Adam's rate for phi")
     longest: int = option(560, 1, 10 ** 6, "tokens of RobustGame's prompts, at most")
 
@@ -53,8 +53,8 @@ class RobustGame(faircon.Game):
         """Labelled training rows at b_Pc = 1 or -1, as token ids.
 
         They stand where g stands, before the instruction; at test (adult.few_shot)
-        labelled people come after it. Sex is flipped where needed to make the label
-        unfair. The first shot may be cut; a person being asked about may appear.
+        labelled people come after it. A person's sex is flipped where the label would
+        not fit the bias. The first shot may be cut; one being asked about may appear.
         """
         length, ids = self.some_length(), []
         favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men
@@ -71,8 +71,9 @@ class FollowingGame(RobustGame):
     """RobustGame whose theta, given shots, learns what the untrained model answers.
 
     The label would teach it that shots say nothing about the question. The untrained
-    model follows them, and the mean of its two twins' answers has no gap. A quarter of
-    the shots are biased; most of the others have all the same label.
+    model follows them, and the mean of its answers to the two twins has no gap. In a
+    quarter of the steps the shots are biased; in the others they are drawn without
+    regard to sex, and mostly all have the same label.
     """
 
     def __init__(self, model, *args, **more):

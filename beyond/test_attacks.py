@@ -552,7 +552,7 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
         assert (seen.row["key"], seen.row["seed"]) == (name, 3)
         assert seen.measured == people.test
         assert all(seen.merged)
-        if name != "no-sex":
+        if name != "fine-tuned-no-sex":
             assert seen.attacked == (people, 3)
             assert seen.row["climb"] == .5
         assert seen.game.people == people.train
@@ -565,7 +565,7 @@ def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
     changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
     changes["lam-0.1"] = {"lam": .1}
     for name, seen in variants.items():
-        row = "fine-tuned" if name == "no-sex" else "robust"
+        row = "fine-tuned" if name == "fine-tuned-no-sex" else "robust"
         expected = vars(train.options_of(CONFIG, row)) | changes.get(name, {})
         assert vars(seen.game.options) == expected, name
 
@@ -594,14 +594,14 @@ def test_phi_begins_anew_except_where_it_goes_on(variants):
     for samples in goes_on.prompts:
         assert [len(g) for g in samples[::2]] == [10, 10]
     for name, seen in variants.items():
-        if name not in ("no-sex", "goes-on"):
+        if name not in ("fine-tuned-no-sex", "goes-on"):
             assert len(seen.starts) == 3, name
             for prompts, length in zip(seen.prompts, seen.starts[1:]):
                 assert len(prompts[0]) == length, name
 
 
 def test_without_sex_twins_are_one_text(variants):
-    seen = variants["no-sex"]
+    seen = variants["fine-tuned-no-sex"]
     assert seen.row["gap"] == 0 and "sex" not in seen.attributes
     assert "climb" not in seen.row, "nothing to find"
     assert variants["robust"].row["gap"] > 0
@@ -610,7 +610,7 @@ def test_without_sex_twins_are_one_text(variants):
     for x_m, x_f in seen.game.questions:
         assert x_m == x_f, "trained on a text that says sex"
     torch.manual_seed(99)
-    assert ablation.run_variant(CONFIG, "no-sex", 3, "nowhere") == [seen.row]
+    assert ablation.run_variant(CONFIG, "fine-tuned-no-sex", 3, "nowhere") == [seen.row]
     again = lora.theta(train.load_once("tiny", "float32", "cpu").model)
     for p, before in zip(again, seen.theta, strict=True):
         assert torch.equal(p, before), "a variant depends on what ran before it"
