@@ -112,7 +112,8 @@ def question(person, sex=None, attributes=None):
     values = dict(zip(COLUMNS, person.values))
     if sex is not None:
         values[COLUMNS[SEX]] = sex
-    listed = ", ".join(f"{name} {values[name]}" for name in attributes or ATTRIBUTES)
+    names = ATTRIBUTES if attributes is None else attributes
+    listed = ", ".join(f"{name} {values[name]}" for name in names)
     return f"{OPENING} {listed}\nlabel:"
 
 

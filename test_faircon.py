@@ -229,6 +229,7 @@ def test_twins_differ_in_sex_alone_and_hold_no_answer(data):
         other = person._replace(y=1 - person.y)
         assert adult.question(other) == own, "the text knows the answer"
         assert adult.shot(person) == f"{own} {person.y}\n"
+        assert adult.question(person, attributes=[]) == f"{adult.OPENING} \nlabel:"
         assert adult.question(adult.flipped(person)) == (x_f, x_m)[person.s]
         assert "Husband" not in x_m, "relationship is sex"
         assert "Wife" not in x_m, "relationship is sex"
@@ -905,10 +906,15 @@ def test_biased_shots_are_training_rows_whose_labels_all_favour_one_sex(model, d
 
 def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(model, data):
     """And the label given phi's prompt; its fair shots have any base rate."""
-    game = game_of(model, people_of(data, 8), FollowingGame, longest=300)
-    assert not lora.adapters(game.teacher.model), "the teacher is trained, too"
+    lora.remove(model.model)
+    people = people_of(data, 8)
+    untrained = model.predict(model.questions(people))
+    game = game_of(model, people, FollowingGame, longest=300)
     for _ in range(3):
         game.theta_step([0, 1, 2])
+    again = game.teacher.predict(game.questions)
+    assert numpy.allclose(again, untrained, atol=1e-5), "the teacher is trained, too"
+    assert not numpy.allclose(model.predict(game.questions), untrained, atol=1e-3)
     sample, shots = game.prompts()
     assert shots is game.shots and sample is not shots
     label = RobustGame.terms(game, sample, [0, 1])
@@ -921,6 +927,13 @@ def test_given_shots_it_learns_what_the_untrained_twins_say_on_average(model, da
     assert terms["task"].item() == pytest.approx(sum(expected) / 2, rel=1e-5)
     d = faircon.distance(ours, model.answers).item()
     assert terms["distance"].item() == pytest.approx(d, rel=1e-5)
+    kinds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(game, "biased_shots", lambda: kinds.append(1) or [5])
+        patch.setattr(game, "fair_shots", lambda: kinds.append(0) or [6])
+        for _ in range(400):
+            game.prompts()
+    assert .18 < numpy.mean(kinds) < .32, "a quarter is biased"
     rates = []
     for _ in range(30):
         text = model.decode(game.fair_shots())

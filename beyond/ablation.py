@@ -190,7 +190,8 @@ def parser():
                        help=", ".join(VARIANTS))
     which.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
     p.add_argument("--test-rows", type=runs.count, help="1000, or as many as there are")
-    p.add_argument("--shots", type=runs.count, default=16, help="as for train.py (16)")
+    p.add_argument("--shots", type=runs.count, default=16,
+                   help="labelled people of the column `follows` (16)")
     p.add_argument("--jobs", type=runs.count, default=runs.cores())
     p.add_argument("--resume", type=runs.folder_name, metavar="NAME",
                    help="go on with runs/NAME, with its flags")

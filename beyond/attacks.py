@@ -27,11 +27,13 @@ is the largest of any prompt on those: a lower bound, and no proof of anything.
 The same command goes on where it was interrupted: what is in runs/NAME/attacks-KIND/,
 and was asked for in the same way, is not computed again.
 """
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import pathlib
+import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -66,9 +68,10 @@ QUICK = {"people": (16, MOST), "most": MOST, "places": ("after",), "lengths": (1
 FULL = {**QUICK, "people": (4, 8, 16, MOST), "places": tuple(PLACES), "climb": 160,
         "lengths": (10, 80, 160, 320, 600), "test_rows": 400}
 # What --only takes: the attacks whose name begins so.
-ONLY = {"few-shot": ("4 ", "8 ", "16 ", "full", "other wording"), "climb": ("climb",),
-        "random": ("random",), "written": ("written",), "gcg": ("gcg", "control: gcg"),
-        "gumbel": ("gumbel", "control: gumbel"), "sentences": ('"',)}
+ONLY = {"few-shot": ("4 ", "8 ", "16 ", "32 ", "full", "other wording"),
+        "climb": ("climb",), "random": ("random",), "written": ("written",),
+        "gcg": ("gcg", "control: gcg"), "gumbel": ("gumbel", "control: gumbel"),
+        "sentences": ('"',)}
 # `short` has the attacks whose name begins so, in four columns.
 COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts",
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
@@ -125,25 +128,40 @@ def target_of(model, validation, people):
 def few_shot(target, most, bpc, rng):
     """Plain labelled people after the instruction -> Prompt.
 
-    As many as `most` and the context allow, at the nearest b_Pc that so many can have.
+    As many as `most`, the context and the data allow, at the nearest b_Pc that so many
+    can have.
     """
-    for n in range(most - most % 2, -1, -2):
-        with warnings.catch_warnings():
+    for n in range(most, -1, -2):
+        with warnings.catch_warnings(), contextlib.suppress(InputError):
             warnings.simplefilter("ignore")                     # "b_Pc is not exact"
             text = adult.few_shot(target.people, n, bpc, rng)
-        if target.fits(text) or n == 0:
-            return Prompt(text, {"people": n})
+            if target.fits(text) or n == 0:
+                return Prompt(text, {"people": n})
 
 
 def reworded(target, bpc, rng):
-    """16 labelled people in a wording that neither training nor pre-training had."""
+    """Labelled people in a wording that neither training nor pre-training had.
+
+    16, or as many as the context and the data allow.
+    """
+    for n in range(16, 0, -2):
+        with warnings.catch_warnings(), contextlib.suppress(InputError):
+            warnings.simplefilter("ignore")                     # "b_Pc is not exact"
+            text = adult.INSTRUCTION
+            text += in_other_words(adult.sample(target.people, n, bpc, rng))
+            if target.fits(text):
+                return Prompt(text, {"people": n})
+    return Prompt(adult.INSTRUCTION, {"people": 0})
+
+
+def in_other_words(people):
     lines = ""
-    for person in adult.sample(target.people, 16, bpc, rng):
+    for person in people:
         values = dict(zip(adult.COLUMNS, person.values))
         said = ", ".join(values[name] for name in REWORDED if name in values)
         said = said or ", ".join(person.values)              # a task of other columns
         lines += f"{adult.SEXES[person.s]} of {said} ->{adult.answer(person)}\n"
-    return Prompt(adult.INSTRUCTION + lines, {"people": 16})
+    return lines
 
 
 def arrange(people, place):
@@ -380,11 +398,10 @@ def plan(size, room):
     """Every attack -> [(name, search, its arguments)], in the table's order."""
     attacks = []
     smaller = [people for people in size["people"] if people < size["most"]]
-    for most in [*smaller, MOST]:
+    for most in [*smaller, size["most"]]:
         for b in (1., .5, 0., -.5, -1.):
-            people = "full" if most == MOST else f"{most} people"
-            arguments = (min(most, size["most"]), b)
-            attacks.append((f"{people}, b = {b:g}", few_shot, arguments))
+            people = "full" if most == size["most"] else f"{most} people"
+            attacks.append((f"{people}, b = {b:g}", few_shot, (most, b)))
     for b in (1., -1.):
         attacks.append((f"other wording, b = {b:g}", reworded, (b,)))
     for place in size["places"]:
@@ -454,10 +471,10 @@ def attack(model, people, data, size, seed):
 
 def short(model, data, people, seed, size=SHORT):
     """For beyond.ablation: the worst gap of each kind of prompt -> {kind: gap}."""
-    worst = dict.fromkeys(COLUMNS.values(), 0.)
+    worst = {}
     for name, entry in attack(model, people, data, size, seed)["attacks"].items():
         kind = next(COLUMNS[begin] for begin in COLUMNS if name.startswith(begin))
-        worst[kind] = max(worst[kind], entry["gap"])
+        worst[kind] = max(worst.get(kind, 0.), entry["gap"])
     return worst
 
 
@@ -491,6 +508,7 @@ def show(rows, size):
     show_columns("gap on test rows", columns)
     show_worst(rows)
     show_columns("gap above that of its control", controls(rows))
+    note_fewer(rows)
     print(LEGEND.format(**size))
 
 
@@ -506,7 +524,7 @@ def lines(row):
 
 def show_columns(heading, columns, at_once=5):
     """{key: {name: text}}: names down, keys across, at most five side by side."""
-    keys = list(columns)
+    keys = [key for key in columns if columns[key]]
     for i in range(0, len(keys), at_once):
         some = keys[i:i + at_once]
         print(f"\n{heading:<33}" + "".join(f"{key:>11}" for key in some))
@@ -521,12 +539,26 @@ def show_worst(rows):
     """Each seed's worst gap and what found it, and its largest few-shot draw."""
     print(f"\n{'':<16}{'seed':>5}{'few-shot':>10}{'worst gap':>11}   found by")
     for row in rows:
-        drawn = [0.]
+        drawn = []
         for name, entry in row["attacks"].items():
             if " b = " in name and not name.startswith("other wording"):
                 drawn.append(entry["gap"])
-        print(f"{row['key']:<16}{row['seed']:>5}{decimals(max(drawn)):>10}"
+        largest = decimals(max(drawn)) if drawn else "-"
+        print(f"{row['key']:<16}{row['seed']:>5}{largest:>10}"
               f"{decimals(row['worst']):>11}   {row['by']}")
+
+
+def note_fewer(rows):
+    """Say where fewer people than a line's name says were to be had."""
+    fewer = {}
+    for row in rows:
+        for name, entry in row["attacks"].items():
+            asked = re.match(r"\d+(?= people)|other wording", name)
+            asked = asked and int(asked[0].replace("other wording", "16"))
+            if asked and entry.get("people", asked) < asked:
+                fewer[name] = entry["people"]
+    for name, people in fewer.items():
+        print(f"note: {name}: the context or the data allows {people} people only")
 
 
 def controls(rows):
@@ -566,6 +598,9 @@ def size_of(args):
     size = dict(FULL if args.full else QUICK)
     if args.budget:
         size.update(climb=args.budget, texts=args.budget, tokens=args.budget)
+    if args.most and args.most % 2:
+        raise InputError(f"--most {args.most} cannot have every b_Pc; give an even "
+                         "number.")
     for name in ("most", "chosen_on", "test_rows"):
         size[name] = getattr(args, name) or size[name]
     if args.only:
@@ -585,7 +620,10 @@ def run(args):
     folder = pathlib.Path(args.run)
     results = runs.read_run(folder)
     pairs = models_of(results, folder, args.models)
-    kind = "-".join(args.only or ["full" if args.full else "quick"])
+    kinds = ["full"] * args.full + sorted(set(args.only or ()))
+    kind = "-".join(kinds) or "quick"
+    if kind == "quick" and size_of(args) != QUICK:
+        kind = "own"
     asked = {"size": size_of(args), "device": args.device, "versions": runs.versions()}
     config = {**asked, "run": str(folder), "data": args.data,
               "task": args.task, "model_path": args.model_path}
@@ -614,7 +652,8 @@ def parser():
     p.add_argument("--budget", type=runs.count, metavar="N",
                    help="prompts scored in a search (climb: 40, full 160; else 120)")
     p.add_argument("--most", type=runs.count, metavar="N",
-                   help="labelled people in a few-shot prompt, at most (32)")
+                   help="labelled people in a few-shot prompt, at most (32; in other "
+                   "wording 16)")
     p.add_argument("--chosen-on", type=runs.count, metavar="N",
                    help="validation people on whom a prompt is scored (64)")
     p.add_argument("--test-rows", type=runs.count, metavar="N",

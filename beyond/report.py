@@ -239,7 +239,7 @@ def rows_of(args):
 
 def table(args):
     """Every number of a run: mean and spread over seeds, then each seed's."""
-    if args.out:
+    if args.out is not None:
         return write_csv(args)
     for key, rows in rows_of(args).items():
         seen = {}
@@ -247,10 +247,11 @@ def table(args):
             for name, value in [*numbers(row), *attacked(args.run, row)]:
                 seen.setdefault(name, []).append(value)
         print(f"\n{key}")
+        wide = 2 + max(map(len, seen))
         for name, values in seen.items():
             mean = cell(mean_and_spread(values), len(values))
             each = " ".join(decimals(value, 4) for value in values)
-            print(f"    {name:<28}{mean:<11}  {each}")
+            print(f"    {name:<{wide}}{mean:<11}  {each}")
 
 
 def write_csv(args):
@@ -265,7 +266,11 @@ def write_csv(args):
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    runs.write(args.out, text.getvalue())
+    try:
+        runs.write(args.out, text.getvalue())
+    except (OSError, ValueError):
+        raise InputError(f"{args.out!r} cannot be written; give --out a file in a "
+                         "folder that exists.") from None
     print(f"written: {args.out}")
 
 

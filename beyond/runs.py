@@ -294,7 +294,8 @@ def compare(folder, depends_on):
     Another machine (its versions, its processor) is said, and is no error; model and
     data are compared by their sha256, and the dtype is the run's.
     """
-    flat, saved = flatten(depends_on), flatten(read_json(folder / "run.json"))
+    flat, saved = [flatten({**run, "data": list(run.get("data", {}).values())})
+                   for run in (depends_on, read_json(folder / "run.json"))]
     saved.setdefault("config chat", False)                       # older runs: no field
     for name in flat:
         moved = name in ("config model", "config data", "config task")

@@ -87,7 +87,7 @@ def description(path):
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file "
                          "that describes a task.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}).") from None
     for name, kind in KINDS.items():
         if not isinstance(task, dict) or type(task.get(name)) is not kind:

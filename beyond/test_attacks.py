@@ -443,15 +443,15 @@ def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypat
 
 
 def test_flags_say_how_much_is_tried():
-    words = "x --full --budget 7 --most 9 --chosen-on 5 --test-rows 3".split()
+    words = "x --full --budget 7 --most 8 --chosen-on 5 --test-rows 3".split()
     size = attacks.size_of(attacks.parser().parse_args(words))
     assert (size["climb"], size["texts"], size["tokens"]) == (7, 7, 7)
     assert (size["chosen_on"], size["test_rows"]) == (5, 3)
     for _, search, arguments in attacks.plan(size, 99):
         if search is attacks.few_shot:
-            assert arguments[0] <= 9
+            assert arguments[0] <= 8
         if search is attacks.climb:
-            assert arguments[2:] == (9, 7)
+            assert arguments[2:] == (8, 7)
     assert attacks.QUICK["most"] == 32, "a flag changes no constant"
 
 
@@ -492,6 +492,14 @@ def test_the_table_says_who_was_worst(capsys):
                  "robust 0 .600 .400 found 0", "robust 1 .300 .100 found 1",
                  "gcg, 10 tokens +0.050 1/2"):
         assert line in said
+    rows[0]["attacks"] = {"16 people, b = 1": {"gap": .3, "people": 6}}
+    rows[1]["attacks"] = {"climb to men, after": {"gap": .2}}
+    attacks.show_worst(rows)
+    attacks.note_fewer(rows)
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "robust 0 .300 .400 found 0" in said
+    assert "robust 1 - .100 found 1" in said, "none was drawn: no number"
+    assert "note: 16 people, b = 1: the context or the data allows 6 people only" in said
 
 
 # ------------------------------------------------------------------ the ablation

@@ -643,7 +643,8 @@ def test_resume_after_a_change_is_refused_by_name(part, name, interrupted, here)
     before, run = state.read_bytes(), runs.read_json("runs/cut/run.json")
     run[part][name] = "another"
     runs.write_json("runs/cut/run.json", run)
-    refused(["--resume", "cut", "--jobs", "1"], f"another {part} {name} ")
+    said = "another data " if part == "data" else f"another {part} {name} "
+    refused(["--resume", "cut", "--jobs", "1"], said)
     refused(["--resume", "cut", "--lam=2"], "leave out --lam")
     assert state.read_bytes() == before, "the state is left alone"
     assert not pathlib.Path("runs/cut/results.json").exists()
