@@ -69,7 +69,7 @@ MODELS = {
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
-    "shots": Recipe("biased shots and the distance", RobustGame, fair=True),
+    "shots": Recipe("biased shots plus distance", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
     "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True),
     # At lam = 1 the shortest way to close the gap is not to read the shots.

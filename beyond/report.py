@@ -78,7 +78,7 @@ def show(rows, titles, columns, printed):
     printed: {key: (ACC in percent, M_dpd, M_deo)}
     """
     seeds, means = len({row["seed"] for row in rows}), summary(rows)
-    wide = 1 + max(len(titles.get(key, key)) for key in means)
+    wide = max(len(titles.get(key, key)) for key in means)
 
     def line(title, cells):
         print(title.ljust(wide) + "".join(f"{x:>10}" for x in cells))

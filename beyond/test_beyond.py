@@ -346,6 +346,9 @@ def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
         after = lines[lines.index(words) + 1]
         assert key not in below or after == below[key].split()
     assert err == "", "no warning, no note"
+    titles = [recipe.title for recipe in train.MODELS.values()]
+    assert max(map(len, titles)) + 6 * 10 <= 88, "half a screen"
+    assert max(map(len, out.splitlines())) <= 88
 
 
 def test_a_line_is_one_write(monkeypatch):
@@ -480,7 +483,7 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
     lines = [line for line in lines if re.match("b = |natural", line)]
     for line, title in zip(lines, titles, strict=True):
         mean = report.cell(report.mean_and_spread(gaps[title]), 2)
-        assert line.startswith(f"{title}  ") and gaps[title][0] != gaps[title][1]
+        assert line.startswith(f"{title} ") and gaps[title][0] != gaps[title][1]
         assert line.endswith(f" {mean}") and len(line) <= 88
 
 
