@@ -75,8 +75,9 @@ def load(directory=TINY):
 
 def called(directory):
     """What to call the data of a folder."""
-    synthetic = pathlib.Path(directory).resolve() == TINY
-    return f"{directory}{' (SYNTHETIC stand-in for Adult)' * synthetic}"
+    if pathlib.Path(directory).resolve() == TINY:
+        return f"{directory} (SYNTHETIC stand-in for Adult)"
+    return str(directory)
 
 
 def read(path):

@@ -131,8 +131,8 @@ LEGEND = """
 ACC, gap: without a prompt. follows: as in Table 3. Then the largest gap on 200
 test rows given labelled people (any b_Pc), people searched one by one (both
 directions), texts (random, written, sentences), tokens of a Gumbel search:
-attacks.short. In brackets t, the mean difference
-over its standard error; then on how many seeds the difference is above 0."""
+attacks.short. In brackets t, the mean difference over its standard error; then on
+how many seeds the difference is above 0."""
 
 
 def show(rows, seeds):

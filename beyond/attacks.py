@@ -553,9 +553,9 @@ def note_fewer(rows):
     fewer = {}
     for row in rows:
         for name, entry in row["attacks"].items():
-            asked = re.match(r"\d+(?= people)|other wording", name)
-            asked = asked and int(asked[0].replace("other wording", "16"))
-            if asked and entry.get("people", asked) < asked:
+            said = name.replace("other wording", "16 people")
+            asked = re.match(r"(\d+) people", said)
+            if asked and entry.get("people", math.inf) < int(asked[1]):
                 fewer[name] = entry["people"]
     for name, people in fewer.items():
         print(f"note: {name}: the context or the data allows {people} people only")

@@ -8,7 +8,9 @@
 
 Labelled people stand in front of a question when a model is used few-shot (section 2),
 and ten tokens that an adversary found do not look like them. RobustGame's theta learns
-to ignore them. FollowingGame's theta learns to be fair and still to read them.
+to ignore them. FollowingGame's theta learns to be fair and still to read them. (Over
+ten seeds phi's steps made no difference to RobustGame, its fresh tokens did as well:
+beyond/RESULTS.md.)
 
     python -m beyond.robust     # the paper's game and RobustGame on forty people
 """
@@ -56,14 +58,20 @@ class RobustGame(faircon.Game):
         labelled people come after it. A person's sex is flipped where the label would
         not fit the bias. The first shot may be cut; one being asked about may appear.
         """
-        length, ids = self.some_length(), []
+        length = self.some_length()
         favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men
-        while len(ids) < length:
+
+        def draw():
             person = self.people[self.rng.integers(len(self.people))]
             sex = favoured if person.y == 1 else 1 - favoured
-            if person.s != sex:
-                person = adult.flipped(person)
-            ids += self.model.ids(adult.shot(person))
+            return person if person.s == sex else adult.flipped(person)
+        return self.shots_of(draw, length)
+
+    def shots_of(self, draw, length):
+        """The last `length` tokens of as many people as it takes."""
+        ids = []
+        while len(ids) < length:
+            ids += self.model.ids(adult.shot(draw()))
         return ids[-length:]
 
 
@@ -89,15 +97,14 @@ class FollowingGame(RobustGame):
 
     def fair_shots(self):
         """Labelled training rows of either sex, with a base rate of their own."""
-        length, ids, rate = self.some_length(), [], self.rng.beta(.2, .2)
-        while len(ids) < length:
+        length, rate = self.some_length(), self.rng.beta(.2, .2)
+
+        def draw():
             y = self.rng.random() < rate
             alike = [person for person in self.people if person.y == y]
             person = alike[self.rng.integers(len(alike))]
-            if self.rng.random() < .5:
-                person = adult.flipped(person)
-            ids += self.model.ids(adult.shot(person))
-        return ids[-length:]
+            return adult.flipped(person) if self.rng.random() < .5 else person
+        return self.shots_of(draw, length)
 
     def terms(self, g, batch):
         """Eq. (3)'s; given shots the task is to answer as the teacher's mean."""
