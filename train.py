@@ -10,6 +10,7 @@
     averaged            nothing: the mean of the twins' answers
     no-sex              nothing; the question (not the shots) leaves out sex
     fine-tuned          the task                       no prompt
+    fine-tuned-no-sex   the same; the question leaves out sex
     cda                 the task, both twins           no prompt
     faircon             Eq. (3)                        the adversary's prompt
     fine-tuned-shots    the task                       biased shots
@@ -57,6 +58,7 @@ class Recipe(NamedTuple):
     adversary: bool = False
     fair: bool = False           # whether the distance counts; else lam = 0
     both_twins: bool = False     # CDA: each row once as a man and once as a woman
+    sex: bool = True             # whether the question says it
     options: dict = {}           # of its own
 
 
@@ -64,8 +66,9 @@ MODELS = {
     "always-0": Recipe('always "0"'),
     "not-trained": Recipe("not trained"),
     "averaged": Recipe("not trained, twins averaged"),
-    "no-sex": Recipe("not trained, sex left out"),
+    "no-sex": Recipe("not trained, sex left out", sex=False),
     "fine-tuned": Recipe("fine-tuned", Game),
+    "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
@@ -76,7 +79,7 @@ MODELS = {
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
                         fair=True, options={"lam": .3})}
 # Asked for by name, or by "all".
-EXTRA = ("fine-tuned-shots", "following")
+EXTRA = ("fine-tuned-no-sex", "fine-tuned-shots", "following")
 QUICK_MODELS = ("always-0", "not-trained", "fine-tuned", "faircon", "robust")
 QUICK = {"longest": 100, "rounds": 5}
 # Where the default command departs from the released rates, for every row alike. (With
@@ -242,11 +245,13 @@ def play(model, people, config, key, seed, place):
     if how.both_twins:
         rows = rows + [adult.flipped(p) for p in rows]
     game = how.game(model, rows, options, seed, how.adversary, bar=not model.small)
+    attributes = attributes_of(key)
+    game.questions = model.questions(rows, attributes)
     history = runs.load_state(game, place)
     began, first = time.time(), game.done
     for record in game.play():
         with lora.merged(model.model):
-            now = faircon.measure(model, people.validation)
+            now = faircon.measure(model, people.validation, attributes=attributes)
         record.update(acc=now["acc"], gap=now["gap"])
         history.append(record)
         seconds = time.time() - began
@@ -255,7 +260,7 @@ def play(model, people, config, key, seed, place):
             f"{report.clock(seconds)}, {report.clock(left)} left")
         runs.save_state(game, history, place)
     with lora.merged(model.model):
-        last = faircon.measure(model, people.test)
+        last = faircon.measure(model, people.test, attributes=attributes)
     game.swa.apply()                                  # theta is the average from here
     lora.save(model.model, place / "adapter", model.public_name)
     found = {"history": history, "options": dataclasses.asdict(options),
@@ -273,16 +278,17 @@ def line(record, rounds):
     return text + f", ACC {record['acc']:.2f} gap {record['gap']:.3f}"
 
 
-def without_sex():
-    return [name for name in adult.ATTRIBUTES if name != adult.COLUMNS[adult.SEX]]
+def attributes_of(key):
+    """What a row's question says of a person; None: adult.ATTRIBUTES."""
+    if not MODELS[key].sex:
+        return [name for name in adult.ATTRIBUTES if name != adult.COLUMNS[adult.SEX]]
 
 
 def answers_of(model, key, people, **given):
     """P(y=1) of each person as a man and as a woman, (N, 2), as the row's name says."""
     if key == "always-0":
         return numpy.zeros((len(people), 2))
-    attributes = without_sex() if key == "no-sex" else None
-    p = model.predict(model.questions(people, attributes), **given)
+    p = model.predict(model.questions(people, attributes_of(key)), **given)
     if key == "averaged":
         return p.mean(1, keepdims=True).repeat(2, 1)
     return p

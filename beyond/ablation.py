@@ -1,8 +1,7 @@
 """NOT IN THE PAPER: what each part of robust FairCon is worth.
 
-Every variant is a row of train.py's Table 3, at the rates that all rows have, but for
-what stands in VARIANTS. All are trained on the same rows of a seed, and attacked by
-beyond.attacks.short.
+Every variant is Table 3's robust FairCon, but for what stands in VARIANTS. All are
+trained on the same rows of a seed, and attacked by beyond.attacks.short.
 
     python -m beyond.ablation                   # every variant, one seed
     python -m beyond.ablation --lam-curve       # the trade-off over lam
@@ -68,9 +67,7 @@ class Written(RobustGame):
 class Variant(NamedTuple):
     title: str
     game: type = RobustGame
-    options: dict = {}           # where they are not the row's
-    row: str = "robust"          # of Table 3
-    sex: bool = True             # whether the text says it
+    options: dict = {}           # where they are not robust FairCon's
 
 
 VARIANTS = {
@@ -80,9 +77,7 @@ VARIANTS = {
     "noise": Variant("the adversary only, no step", AdversaryOnly, {"phi_steps": 0}),
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
     "goes-on": Variant("phi goes on over the rounds", GoesOn),
-    "written": Variant("the model's own texts for shots", Written),
-    "fine-tuned-no-sex": Variant("fine-tuned, sex left out", faircon.Game,
-                                 row="fine-tuned", sex=False)}
+    "written": Variant("the model's own texts for shots", Written)}
 LAM_CURVE = {}
 for lam in (0., .1, 1., 10.):
     LAM_CURVE[f"lam-{lam:g}"] = Variant(f"lam = {lam:g}", options={"lam": lam})
@@ -99,28 +94,19 @@ def run_variant(config, name, seed, folder):
     data = train.load_data_once(config["data"], config["task"])
     model = train.load_once("tiny", "float32", "cpu")
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
-    attributes = None if variant.sex else train.without_sex()
-    play(variant, model, people.train, config, seed, attributes)
-    row = {"key": name, "seed": seed}
-    with lora.merged(model.model):
-        row.update(faircon.measure(model, people.test, attributes=attributes))
-        if variant.sex:                # without it twins are one text: nothing to find
-            row["follows"] = train.follows(model, people, data, config, name, seed)
-            row.update(attacks.short(model, data, people, seed))
-    runs.say(f"  {name} {seed}: ACC {row['acc']:.2f} gap {row['gap']:.3f}")
-    return [row]
-
-
-def play(variant, model, people, config, seed, attributes):
-    """Play a variant's game; leaves SWA's average in the model."""
-    options = train.options_of(config, variant.row)
+    options = train.options_of(config, "robust")
     options = dataclasses.replace(options, **variant.options)
-    adversary = train.MODELS[variant.row].adversary
-    game = variant.game(model, people, options, seed, adversary)
-    game.questions = model.questions(people, attributes)
+    game = variant.game(model, people.train, options, seed)
     for _ in game.play():
         pass
     game.swa.apply()
+    row = {"key": name, "seed": seed}
+    with lora.merged(model.model):
+        row.update(faircon.measure(model, people.test))
+        row["follows"] = train.follows(model, people, data, config, "robust", seed)
+        row.update(attacks.short(model, data, people, seed))
+    runs.say(f"  {name} {seed}: ACC {row['acc']:.2f} gap {row['gap']:.3f}")
+    return [row]
 
 
 # ------------------------------------------------------------------ the tables

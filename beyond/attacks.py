@@ -77,7 +77,7 @@ COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts"
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
 SHORT = {**QUICK, "texts": 40, "only": tuple(COLUMNS)}
 # The gap of these is 0, whatever the prompt.
-SAFE = ("always-0", "averaged", "no-sex")
+SAFE = ("always-0", "averaged", "no-sex", "fine-tuned-no-sex")
 ATTACKED = [key for key in train.MODELS if key not in SAFE]
 
 

@@ -531,7 +531,7 @@ def variants():
         start(adversary, phi)
 
     def see_model(model, people, **more):
-        now.measured, now.attributes = people, more["attributes"]
+        now.measured = people
         now.theta = [p.detach().clone() for p in lora.theta(model.model)]
         now.layers = lora.adapters(model.model).values()
         now.merged = [layer.original is not None for layer in now.layers]
@@ -561,9 +561,8 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
         assert (seen.row["key"], seen.row["seed"]) == (name, 3)
         assert seen.measured == people.test
         assert all(seen.merged)
-        if name != "fine-tuned-no-sex":
-            assert seen.attacked == (people, 3)
-            assert seen.row["climb"] == .5
+        assert seen.attacked == (people, 3)
+        assert seen.row["climb"] == .5
         assert seen.game.people == people.train
         assert seen.game.swa.n == 4
         for p, mean in zip(seen.theta, seen.game.swa.average, strict=True):
@@ -574,8 +573,7 @@ def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
     changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
     changes["lam-0.1"] = {"lam": .1}
     for name, seen in variants.items():
-        row = "fine-tuned" if name == "fine-tuned-no-sex" else "robust"
-        expected = vars(train.options_of(CONFIG, row)) | changes.get(name, {})
+        expected = vars(train.options_of(CONFIG, "robust")) | changes.get(name, {})
         assert vars(seen.game.options) == expected, name
 
 
@@ -603,26 +601,20 @@ def test_phi_begins_anew_except_where_it_goes_on(variants):
     for samples in goes_on.prompts:
         assert [len(g) for g in samples[::2]] == [10, 10]
     for name, seen in variants.items():
-        if name not in ("fine-tuned-no-sex", "goes-on"):
+        if name != "goes-on":
             assert len(seen.starts) == 3, name
             for prompts, length in zip(seen.prompts, seen.starts[1:]):
                 assert len(prompts[0]) == length, name
 
 
-def test_without_sex_twins_are_one_text(variants):
-    seen = variants["fine-tuned-no-sex"]
-    assert seen.row["gap"] == 0 and "sex" not in seen.attributes
-    assert "climb" not in seen.row, "nothing to find"
-    assert variants["robust"].row["gap"] > 0
-    assert seen.prompts == [[None, None]] * 2 and not seen.starts
-    assert type(seen.game) is faircon.Game
-    for x_m, x_f in seen.game.questions:
-        assert x_m == x_f, "trained on a text that says sex"
+def test_a_variant_does_not_depend_on_what_ran_before_it(variants, monkeypatch):
+    seen = variants["no-steps"]
+    monkeypatch.setattr(attacks, "short", lambda *given: {"climb": .5})
     torch.manual_seed(99)
-    assert ablation.run_variant(CONFIG, "fine-tuned-no-sex", 3, "nowhere") == [seen.row]
+    assert ablation.run_variant(CONFIG, "no-steps", 3, "nowhere") == [seen.row]
     again = lora.theta(train.load_once("tiny", "float32", "cpu").model)
     for p, before in zip(again, seen.theta, strict=True):
-        assert torch.equal(p, before), "a variant depends on what ran before it"
+        assert torch.equal(p, before)
 
 
 def test_differences_are_paired_by_seed(capsys):
