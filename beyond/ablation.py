@@ -1,11 +1,10 @@
-"""NOT IN THE PAPER: what each part of robust FairCon is worth.
+"""NOT IN THE PAPER: what phi and its steps are worth in robust FairCon.
 
 Every variant is Table 3's robust FairCon, but for what stands in VARIANTS. All are
 trained on the same rows of a seed, and attacked by beyond.attacks.short.
 
     python -m beyond.ablation                   # every variant, one seed
-    python -m beyond.ablation --lam-curve       # the trade-off over lam
-    python -m beyond.ablation --only robust no-steps --seeds 5
+    python -m beyond.ablation --only robust no-steps --seeds 10
 """
 import dataclasses
 from typing import NamedTuple
@@ -40,30 +39,6 @@ class OneSample(AdversaryOnly):
         return [self.sample]
 
 
-class GoesOn(RobustGame):
-    """phi goes on over the rounds, at its ten tokens, as in the paper."""
-
-    def start_phi(self):
-        faircon.Game.start_phi(self)
-
-
-class Written(RobustGame):
-    """Texts that the model writes itself in each round, instead of biased shots.
-
-    The paper's own thought, section 4: "replace the categorical distribution to another
-    LLM".
-    """
-
-    def start_phi(self):
-        super().start_phi()
-        longest = self.options.longest
-        self.texts = attacks.write(self.model, 4, longest, self.generator)
-
-    def biased_shots(self):
-        text = self.texts[self.rng.integers(len(self.texts))]
-        return text[-self.some_length():]
-
-
 class Variant(NamedTuple):
     title: str
     game: type = RobustGame
@@ -75,21 +50,15 @@ VARIANTS = {
     "no-steps": Variant("phi takes no step", options={"phi_steps": 0}),
     "adversary": Variant("the adversary only, no shots", AdversaryOnly),
     "noise": Variant("the adversary only, no step", AdversaryOnly, {"phi_steps": 0}),
-    "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0}),
-    "goes-on": Variant("phi goes on over the rounds", GoesOn),
-    "written": Variant("the model's own texts for shots", Written)}
-LAM_CURVE = {}
-for lam in (0., .1, 1., 10.):
-    LAM_CURVE[f"lam-{lam:g}"] = Variant(f"lam = {lam:g}", options={"lam": lam})
+    "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0})}
 # Compared, as each is with robust. One sample a round lacks the diversity of noise;
 # phi's steps give a direction, and samples that mostly agree.
-PAIRS = [("noise", "adversary"), ("one-sample", "noise"), ("adversary", "one-sample"),
-         ("lam-0.1", "lam-0"), ("lam-1", "lam-0.1"), ("lam-10", "lam-1")]
+PAIRS = [("noise", "adversary"), ("one-sample", "noise"), ("adversary", "one-sample")]
 
 
 def run_variant(config, name, seed, folder):
     """Train one variant, measure and attack it -> [its row]; a job of `main`."""
-    variant = {**VARIANTS, **LAM_CURVE}[name]
+    variant = VARIANTS[name]
     torch.manual_seed(seed)
     data = train.load_data_once(config["data"], config["task"])
     model = train.load_once("tiny", "float32", "cpu")
@@ -171,10 +140,8 @@ def parser():
     p.add_argument("--rows", type=runs.count, default=200, help="training rows (200)")
     p.add_argument("--seeds", type=runs.count, default=1, help="how many (1)")
     p.add_argument("--seed", type=runs.seed, default=0, help="the first one (0)")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT",
-                       help=", ".join(VARIANTS))
-    which.add_argument("--lam-curve", action="store_true", help="lam from 0 to 10")
+    p.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT",
+                   help=", ".join(VARIANTS))
     p.add_argument("--test-rows", type=runs.count, help="1000, or as many as there are")
     p.add_argument("--shots", type=runs.count, default=16,
                    help="labelled people of the column `follows` (16)")
@@ -186,8 +153,7 @@ def parser():
 
 
 def run(args):
-    variants = LAM_CURVE if args.lam_curve else VARIANTS
-    names = [name for name in variants if name in (args.only or variants)]
+    names = [name for name in VARIANTS if name in (args.only or VARIANTS)]
     data = train.load_data_once(args.data, args.task)
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
@@ -195,9 +161,8 @@ def run(args):
               "shots": args.shots,
               "test_rows": args.test_rows or train.enough(data.test, .5, 1000)}
     for name in names:
-        runs.say(f"    {name:<18} {variants[name].title}")
-    what = {name: [variants[name].title, variants[name].options] for name in names}
-    depends_on = {"format": runs.FORMAT, "config": {**config, "variants": what},
+        runs.say(f"    {name:<18} {VARIANTS[name].title}")
+    depends_on = {"format": runs.FORMAT, "config": {**config, "variants": names},
                   "data": data.sha256, "versions": runs.versions()}
     jobs = []
     for seed in range(args.seed, args.seed + args.seeds):

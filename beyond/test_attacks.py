@@ -19,7 +19,7 @@ from beyond.load import load_model
 
 torch.set_num_threads(1)
 SMALL = {"climb": 5, "texts": 4, "tokens": 13, "people": (4,), "most": 4,
-         "places": ("after", "around"), "lengths": (6,), "chosen_on": 5, "test_rows": 8}
+         "lengths": (6,), "chosen_on": 5, "test_rows": 8}
 
 
 @pytest.fixture(scope="module")
@@ -253,21 +253,19 @@ def people_of(text, data):
     return found
 
 
-@pytest.mark.parametrize("place", attacks.PLACES)
-def test_climb_keeps_census_rows_and_only_rises(target, data, place):
+def test_climb_keeps_census_rows_and_only_rises(target, data):
     for direction in attacks.DIRECTIONS.values():
-        found = attacks.climb(target, direction, place, 6, 12, generator())
+        found = attacks.climb(target, direction, 6, 12, generator())
         lines = people_of(found.text, data)
         assert len(lines) == found.size["people"] == 6
         favoured = adult.SEXES[direction == -1]
         assert all(label == (sex == favoured) for sex, label in lines), "never flipped"
         assert sum(label for sex, label in lines) == 3
         assert found.found == direction * target.leaning(found.text)
-        begun = attacks.climb(target, direction, place, 6, 1, generator())
+        begun = attacks.climb(target, direction, 6, 1, generator())
         assert begun.found < found.found, "the first is the worst, or nothing is kept"
-        before = found.text.index(adult.INSTRUCTION) / len(found.text)
-        assert abs(before - attacks.PLACES[place]) < .2, "not where it was to stand"
-        found = attacks.climb(target, direction, place, 32, 1, generator())
+        assert found.text.startswith(adult.INSTRUCTION)
+        found = attacks.climb(target, direction, 32, 1, generator())
         assert found.size["people"] > 20, "the context holds more people than that"
         assert found.found > .2, "the embedded model follows them: a wrong sign"
 
@@ -278,7 +276,7 @@ def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
         return text.count("HS-grad")
     monkeypatch.setattr(attacks.Target, "leaning", leaning)
     for direction, least in ((1, 4), (-1, 0)):
-        found = attacks.climb(target, direction, "after", 4, 400, generator())
+        found = attacks.climb(target, direction, 4, 400, generator())
         assert found.text.count("education HS-grad") == least
         assert found.found == direction * least
 
@@ -402,7 +400,7 @@ def test_a_row_is_of_its_model_and_seed(finished, data, monkeypatch):
     jobs = spy(monkeypatch, runs, "run_jobs")
     loaded = spy(monkeypatch, runs, "load_run")
     attacked = spy(monkeypatch, attacks, "attack")
-    monkeypatch.setitem(attacks.QUICK, "lengths", (6,))
+    monkeypatch.setitem(attacks.SIZE, "lengths", (6,))
     command(finished, "--only", "gcg", "--budget", "13", "--chosen-on", "4",
             "--test-rows", "4", "--jobs", "1")
     first, second = runs.read_json(finished / "attacks-gcg.json")["rows"]
@@ -442,8 +440,19 @@ def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypat
     assert computed() == 2, "another program"
 
 
+def test_attacking_one_model_keeps_the_rows_of_the_others(tmp_path):
+    """Unless they were attacked otherwise."""
+    file = tmp_path / "attacks.json"
+    a, b, again = [{"key": key, "seed": 0, "worst": x} for key, x in (
+        ("a", .1), ("b", .2), ("b", .3))]
+    assert attacks.with_earlier(file, "one way", [a, b]) == [a, b]
+    runs.write_json(file, {"config": {"sha256": "one way"}, "rows": [a, b]})
+    assert attacks.with_earlier(file, "one way", [again]) == [a, again]
+    assert attacks.with_earlier(file, "another", [again]) == [again]
+
+
 def test_flags_say_how_much_is_tried():
-    words = "x --full --budget 7 --most 8 --chosen-on 5 --test-rows 3".split()
+    words = "x --budget 7 --most 8 --chosen-on 5 --test-rows 3".split()
     size = attacks.size_of(attacks.parser().parse_args(words))
     assert (size["climb"], size["texts"], size["tokens"]) == (7, 7, 7)
     assert (size["chosen_on"], size["test_rows"]) == (5, 3)
@@ -451,8 +460,8 @@ def test_flags_say_how_much_is_tried():
         if search is attacks.few_shot:
             assert arguments[0] <= 8
         if search is attacks.climb:
-            assert arguments[2:] == (8, 7)
-    assert attacks.QUICK["most"] == 32, "a flag changes no constant"
+            assert arguments[1:] == (8, 7)
+    assert attacks.SIZE["most"] == 32, "a flag changes no constant"
 
 
 def test_bad_input_is_one_sentence(finished):
@@ -486,14 +495,14 @@ def test_the_table_says_who_was_worst(capsys):
         found = {name: {"gap": x, "signed_gap": -x} for name, x in gaps.items()}
         rows.append({"key": "robust", "seed": seed, "attacks": found, "worst": gap,
                      "by": f"found {seed}", "lowest_acc": .5})
-    attacks.show(rows, attacks.FULL)
+    attacks.show(rows, attacks.SIZE)
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in ("worst gap .250±.212", "full, b = -1, p_m - p_f -.450±.212",
                  "robust 0 .600 .400 found 0", "robust 1 .300 .100 found 1",
                  "gcg, 10 tokens +0.050 1/2"):
         assert line in said
     rows[0]["attacks"] = {"16 people, b = 1": {"gap": .3, "people": 6}}
-    rows[1]["attacks"] = {"climb to men, after": {"gap": .2}}
+    rows[1]["attacks"] = {"climb to men": {"gap": .2}}
     attacks.show_worst(rows)
     attacks.note_fewer(rows)
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -547,7 +556,7 @@ def variants():
         patch.setattr(faircon.Adversary, "start", see_start)
         patch.setattr(faircon, "measure", see_model)
         patch.setattr(attacks, "short", see_attack)
-        for name in [*ablation.VARIANTS, "lam-0.1"]:
+        for name in ablation.VARIANTS:
             now = types.SimpleNamespace(prompts=[[], []], starts=[], game=None)
             now.row, = ablation.run_variant(CONFIG, name, 3, "nowhere")
             seen[name] = now
@@ -571,7 +580,6 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
 
 def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
     changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
-    changes["lam-0.1"] = {"lam": .1}
     for name, seen in variants.items():
         expected = vars(train.options_of(CONFIG, "robust")) | changes.get(name, {})
         assert vars(seen.game.options) == expected, name
@@ -579,12 +587,9 @@ def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
 
 def test_variants_meet_the_prompts_that_their_title_says(variants):
     """Two batches a round; a sample of phi and shots for each, or some of that."""
-    for name in ("robust", "no-steps", "written", "goes-on", "lam-0.1"):
+    for name in ("robust", "no-steps"):
         for prompts in variants[name].prompts:
             assert len(prompts) == 4, name
-    texts = variants["written"].game.texts
-    for shots in variants["written"].prompts[1][1::2]:
-        assert any(text[-len(shots):] == shots for text in texts), "not the model's own"
     for name in ("adversary", "noise"):
         for a, b in variants[name].prompts:
             assert len(a) == len(b) and a != b, f"{name}: a fresh sample at each step"
@@ -592,19 +597,11 @@ def test_variants_meet_the_prompts_that_their_title_says(variants):
     assert a == b and c == d and a != c, "one sample a round"
 
 
-def test_phi_begins_anew_except_where_it_goes_on(variants):
-    """At the paper's length, 4 steps of one Adam; else at one of its own each round."""
-    goes_on = variants["goes-on"]
-    assert goes_on.starts == [10]
-    state = goes_on.game.adversary.optimiser.state_dict()["state"]
-    assert state[0]["step"] == 4
-    for samples in goes_on.prompts:
-        assert [len(g) for g in samples[::2]] == [10, 10]
+def test_phi_begins_anew_at_a_length_of_its_own_each_round(variants):
     for name, seen in variants.items():
-        if name != "goes-on":
-            assert len(seen.starts) == 3, name
-            for prompts, length in zip(seen.prompts, seen.starts[1:]):
-                assert len(prompts[0]) == length, name
+        assert len(seen.starts) == 3, name
+        for prompts, length in zip(seen.prompts, seen.starts[1:]):
+            assert len(prompts[0]) == length, name
 
 
 def test_a_variant_does_not_depend_on_what_ran_before_it(variants, monkeypatch):
@@ -644,15 +641,15 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
         return [{"key": key, "seed": seed, **values} for _, key, seed in asked]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "run_jobs", no_work)
-    for words in (["--seed", "5"], ["--lam-curve", "--seeds", "2", "--test-rows", "24",
-                                    "--seed", "1", "--name", "b"]):
+    for words in (["--seed", "5"], ["--only", "noise", "--seeds", "2", "--test-rows",
+                                    "24", "--seed", "1", "--name", "b"]):
         args = runs.parse(ablation.parser(), ["--data", str(adult.TINY), *words])
         ablation.run(args)
     config, data = jobs[0][0], adult.load(adult.TINY)
     assert config["test_rows"] == train.enough(data.test, .5, 1000)
     assert (config["game"], config["rows"], config["bpc"]) == (train.RATES, 200, .5)
     first = [(name, 5) for name in ablation.VARIANTS]
-    second = [(name, seed) for seed in (1, 2) for name in ablation.LAM_CURVE]
+    second = [("noise", seed) for seed in (1, 2)]
     assert [(name, seed) for _, name, seed in jobs] == first + second
     assert jobs[-1][0]["test_rows"] == 24
-    assert runs.read_json("runs/b/results.json")["summary"]["lam-10"]["climb"]
+    assert runs.read_json("runs/b/results.json")["summary"]["noise"]["climb"]

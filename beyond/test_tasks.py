@@ -188,7 +188,7 @@ def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatc
     tasks.restore()
     few = {"lengths": (4,), "people": (2,), "most": 2, "chosen_on": 4, "test_rows": 8,
            "climb": 2, "texts": 2, "tokens": 8}
-    monkeypatch.setattr(attacks, "QUICK", {**attacks.QUICK, **few})
+    monkeypatch.setattr(attacks, "SIZE", {**attacks.SIZE, **few})
     short = functools.partial(attacks.short, size={**attacks.SHORT, **few})
     monkeypatch.setattr(attacks, "short", short)
     attacks.run(attacks.parser().parse_args([
