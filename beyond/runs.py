@@ -15,19 +15,19 @@ run: what is in it is not computed again, and nothing that was computed is lost.
 import argparse
 import concurrent.futures
 import difflib
-import errno
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
 import warnings
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+from filelock import FileLock, Timeout
 
 import adult
 from adult import InputError, split
@@ -215,31 +215,33 @@ def open_run(args, depends_on):
     args: name, resume, argv. depends_on: JSON that a resumed run must share, compared
     entry by entry. A finished run of the same name is left alone: another is chosen.
     """
-    folder = pathlib.Path("runs") / args.name
-    try:
-        if not args.resume:
-            folder = folder.with_name(free(args.name))
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a")
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    with lock:
-        take(lock, folder)
-        if args.resume:
-            compare(folder, depends_on)
-        elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
-            raise InputError(f"{folder} holds an interrupted run; go on with it "
-                             f"(--resume {folder.name}) or give another --name.")
+    name = args.name if args.resume else free(args.name)
+    folder = pathlib.Path("runs") / name
+    with ExitStack() as stack:
         try:
-            write(folder / "probe" / "file", b"")    # a folder in it can be made, too
-            shutil.rmtree(folder / "probe")
-            if not args.resume:
-                write_json(folder / "run.json", {"argv": args.argv, **depends_on})
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / "lock", timeout=0))
+            begin(folder, args, depends_on)
+        except Timeout:
+            raise InputError(f"another process is writing {folder}; wait for it, or "
+                             "give another --name.") from None
         except OSError as error:
-            raise cannot_write(folder, error) from None
-        for part in folder.rglob("*.part"):          # of a process that was killed
-            part.unlink(missing_ok=True)
+            raise InputError(f"{folder} cannot be written ({error.strerror}); free it, "
+                             "or change --name or the current folder.") from None
         yield folder
+
+
+def begin(folder, args, depends_on):
+    """Note what a new run depends on, compare it when one goes on. InputError."""
+    if args.resume:
+        compare(folder, depends_on)
+    elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
+        raise InputError(f"{folder} holds an interrupted run; go on with it (--resume "
+                         f"{folder.name}) or give another --name.")
+    else:
+        write_json(folder / "run.json", {"argv": args.argv, **depends_on})
+    for part in folder.rglob("*.part"):              # of a process that was killed
+        part.unlink(missing_ok=True)
 
 
 def finish(folder, results):
@@ -258,34 +260,6 @@ def free(name):
                     f"runs/{other}")
             return other
     raise InputError(f"there are a thousand runs of the name {name}; give another.")
-
-
-def cannot_write(folder, error):
-    return InputError(f"{folder} cannot be written ({error.strerror}); free it, or "
-                      "change --name or the current folder.")
-
-
-def take(file, folder):
-    """Lock a file until it is closed or the process ends. InputError if it is taken.
-
-    Some network file systems have no locks: then nobody is kept out, and it is said.
-    """
-    try:
-        import fcntl
-    except ImportError:                                          # Windows
-        import msvcrt
-        lock, how = msvcrt.locking, (msvcrt.LK_NBLCK, 1)
-    else:
-        lock, how = fcntl.flock, (fcntl.LOCK_EX | fcntl.LOCK_NB,)
-    try:
-        lock(file.fileno(), *how)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            say(f"note: {folder} cannot be locked here ({error.strerror}); start no "
-                "second run of this name.")
-            return
-        raise InputError(f"another process is writing {folder}; wait for it, or "
-                         "give another --name.") from None
 
 
 def compare(folder, depends_on):
