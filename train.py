@@ -80,8 +80,6 @@ MODELS = {
                         fair=True, options={"lam": .3})}
 # Asked for by name, or by "all".
 EXTRA = ("fine-tuned-no-sex", "fine-tuned-shots", "following")
-QUICK_MODELS = ("always-0", "not-trained", "fine-tuned", "faircon", "robust")
-QUICK = {"longest": 100, "rounds": 5}
 # Where the default command departs from the released rates, for every row alike. (With
 # dropout the twins' texts have different masks, a distance that is not theirs.)
 RATES = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
@@ -106,8 +104,6 @@ def parser():
                    help="Eq. (4): the model frozen, a fair prompt learned")
     g.add_argument("--paper", action="store_true",
                    help="what the paper prints, else its released code's rates")
-    g.add_argument("--quick", action="store_true",
-                   help="fewer models, rounds and test rows, shorter prompts")
     g.add_argument("--models", nargs="+", choices=[*MODELS, "all"], metavar="KEY",
                    help=f"some of Table 3's: {', '.join(MODELS)}; all "
                    f"(default: all but {', '.join(EXTRA)})")
@@ -118,8 +114,15 @@ def parser():
                    "model or a GPU)")
     g.add_argument("--name", type=runs.folder_name,
                    help="results go to runs/NAME/ (default; or table1, table2, "
-                   "prompt_only, paper, quick)")
-    g = p.add_argument_group("data (section 2)")
+                   "prompt_only, paper)")
+    add_data_flags(p.add_argument_group("data (section 2)"))
+    add_model_flags(p.add_argument_group("model (section 4)"))
+    add_game_flags(p.add_argument_group("the game (section 3): faircon.Options, "
+                                        "beyond.robust"))
+    return p
+
+
+def add_data_flags(g):
     g.add_argument("--data", metavar="PATH",
                    help="folder of adult.data and adult.test, or one CSV file, half of "
                    "it the test; beyond/people.py (cache, UCI, else tiny/)")
@@ -137,7 +140,9 @@ def parser():
                    help="how many seeds (1)")
     g.add_argument("--seed", type=runs.seed, default=0, metavar="N",
                    help="the first seed; it governs everything (0; released 42)")
-    g = p.add_argument_group("model (section 4)")
+
+
+def add_model_flags(g):
     g.add_argument("--model", default="tiny",
                    help="tiny, smollm2, or a directory, a .gguf file or a hub id of a "
                    "causal language model with q_proj and v_proj (paper "
@@ -147,7 +152,10 @@ def parser():
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the frozen weights")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    g = p.add_argument_group("the game (section 3): faircon.Options, beyond.robust")
+
+
+def add_game_flags(g):
+    """A flag for each field of RobustOptions; its help says which value is whose."""
     for f in dataclasses.fields(RobustOptions):
         note = f"{getattr(Options, f.name, f.default):g}"
         if f.name in RATES:
@@ -156,21 +164,18 @@ def parser():
             note += f"; robust {f.default:g}"
         g.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
                        help=f"{f.metadata['help']} ({note})")
-    return p
 
 
 def models_of(args):
     """The rows of Table 3 that were asked for -> their keys."""
-    asked = args.models or (QUICK_MODELS if args.quick else set(MODELS) - set(EXTRA))
+    asked = args.models or set(MODELS) - set(EXTRA)
     return [key for key in MODELS if key in asked or "all" in asked]
 
 
 def given_options(args):
-    """What the user said of the game, over --quick's and our rates -> {name: value}."""
+    """What the user said of the game, over our rates -> {name: value}."""
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(RobustOptions)}
     given = {} if args.paper else dict(RATES)
-    if args.quick:
-        given.update(QUICK)
     given.update({name: value for name, value in said.items() if value is not None})
     return given
 
@@ -422,16 +427,13 @@ def prepare(args):
         "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
         "seed", "chat")}
     config["game"], config["models"] = given_options(args), models_of(args)
-    for key in MODELS:
-        options_of(config, key)                          # InputError before any work
-    options = options_of(config, "robust")
+    options = {key: options_of(config, key) for key in MODELS}      # checked, all of it
     exact = {1: 8, 2: 16}.get(args.table, 2)       # a multiple of it has every b_Pc
     if args.shots % exact:
         raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
                          f"give a multiple of {exact}, an even number.")
-    most = 200 if args.quick else 1000
     data = load_data_once(args.data, args.task)
-    config["test_rows"] = args.test_rows or enough(data.test, args.bpc, most)
+    config["test_rows"] = args.test_rows or enough(data.test, args.bpc, 1000)
     if config["test_rows"] < 4:
         raise InputError("--test-rows below 4 leave a group empty; give 4 or more.")
     people = adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)
@@ -445,15 +447,15 @@ def prepare(args):
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
-    longest = options.prompt_length if args.table == 3 else 0
-    kinds = [type(options_of(config, key)) for key in config["models"]]
-    if args.table == 3 and not args.prompt_only and RobustOptions in kinds:
-        longest = max(longest, options.longest)
-    g = model.usable[:1] * longest
-    for prefix in (model.prefix(context=shots), model.prefix(g)):
+    lengths = [0]
+    if args.table == 3:
+        lengths.append(options["robust"].prompt_length)
+        if not args.prompt_only:
+            lengths += [getattr(options[key], "longest", 0) for key in config["models"]]
+    for prefix in (model.prefix(context=shots), model.prefix([0] * max(lengths))):
         model.check_length(len(prefix), model.questions(people.test[:20]))
     show_untrained(model, people.validation)
-    lora.inject(model.model, options.rank)
+    lora.inject(model.model, options["robust"].rank)
     say(f"theta   LoRA on {len(lora.adapters(model.model))} projections, "
         f"{lora.share(model.model):.3f} % of the parameters")
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
@@ -525,11 +527,10 @@ def main(argv=None):
     """The command. Whatever is wrong with the input is one sentence, exit status 1."""
     with runs.one_sentence("train.py"):
         args = runs.parse(parser(), argv)
-        kinds = ("quick", "paper", "prompt_only")
-        kinds = [kind for kind in kinds if getattr(args, kind)]
+        kinds = [kind for kind in ("paper", "prompt_only") if getattr(args, kind)]
         if len(kinds) > 1 or args.table != 3 and kinds:
-            raise InputError("--quick, --paper, --prompt-only and --table exclude each "
-                             "other; give one.")
+            raise InputError("--paper, --prompt-only and --table exclude each other; "
+                             "give one.")
         if args.models and (args.table != 3 or args.prompt_only):
             raise InputError("--models are Table 3's; leave it out here.")
         if args.table != 3 and given_options(args) != RATES:

@@ -17,6 +17,9 @@ from beyond import attacks, report, runs
 FORMATS = {"float32": lambda W: W, "bf16": lambda W: W.bfloat16().float(),
            "int8": lambda W: rounded(W, 8), "int4": lambda W: rounded(W, 4),
            "int3": lambda W: rounded(W, 3)}
+# --attacks: small, since each format of each model is attacked anew.
+ATTACKS = {**attacks.SIZE, "climb": 10, "texts": 10, "chosen_on": 16, "test_rows": 100,
+           "only": ("16 ", "full", "climb", "random", '"')}
 
 
 def rounded(W, bits, group=32):
@@ -57,7 +60,14 @@ def measure(args, data, key, seed):
         with quantised(model.model, name):
             row = train.evaluate(train.answers_of(model, key, people.test), people.test)
             shots = train.gap_given_shots(model, people, data, config, key, seed)
-        yield {"key": key, "seed": seed, "format": name, **row, "shots": shots}
+            row = {"key": key, "seed": seed, "format": name, **row, "shots": shots}
+            if args.attacks and key in attacks.ATTACKED:
+                found = attacks.attack(model, people, data, ATTACKS, seed)
+                row["worst"] = found["worst"]
+        yield row
+
+
+TITLES = {"ACC": "acc", "gap": "gap", "given shots": "shots", "worst gap": "worst"}
 
 
 def show(rows):
@@ -66,8 +76,9 @@ def show(rows):
     for name, column in columns.items():
         means = report.summary([row for row in rows if row["format"] == name])
         for key in means:
-            for title, x in ("ACC", "acc"), ("gap", "gap"), ("given shots", "shots"):
-                column[f"{key:<14}{title}"] = report.cell(means[key][x], seeds)
+            for title, x in TITLES.items():
+                if x in means[key]:
+                    column[f"{key:<18}{title}"] = report.cell(means[key][x], seeds)
     attacks.show_columns("", columns)
 
 
@@ -91,6 +102,7 @@ def main(argv=None):
     parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--models", nargs="+", metavar="KEY", help="only these rows")
+    parser.add_argument("--attacks", action="store_true", help="small ones, too")
     parser.add_argument("--test-rows", type=runs.count, metavar="N", help="at most N")
     args = parser.parse_args(argv)
     if args.run is None:
