@@ -474,9 +474,9 @@ def show_untrained(model, people):
         p = model(model.prefix(), model.questions(people[:20])).softmax(-1)  # (2, B, V)
     mass = p[..., model.answers].sum(-1).mean().item()
     now = faircon.measure(model, people)
-    constant = ", constant" if report.constant(now) else ""
+    constant = " (constant)" if report.constant(now) else ""
     say(f"\nnot trained: ACC {now['acc']:.2f}, gap {now['gap']:.3f}, answers 1 to "
-        f"{100 * now['positives']:.0f} %{constant} of {len(people)} validation rows;\n"
+        f"{100 * now['positives']:.0f} % of {len(people)} validation rows{constant};\n"
         f"the two answers have {mass:.2f} of the probability\n")
 
 
@@ -510,7 +510,6 @@ def show(rows, args, folder):
         titles = {key: MODELS[key].title for key in MODELS}
         report.show(rows, titles, columns, {} if args.task else TABLE_3)
         say(report.LEGEND.format(shots=args.shots))
-        say("" if args.task else "In the paper: ACC in percent, M_dpd, M_deo.")
     else:
         report.show(rows, {}, columns,
                     {} if args.prompt_only or args.task else TABLES_1_2)

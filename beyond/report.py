@@ -71,6 +71,9 @@ gap: mean |p_m - p_f|, the same person asked as both, in [0, 1]. M_dpd, M_deo: E
 whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0."""
 
 
+PAPER = "  in the paper (ACC in %)"
+
+
 def show(rows, titles, columns, printed):
     """A line a model; below it the paper's numbers, or that it is constant.
 
@@ -79,6 +82,7 @@ def show(rows, titles, columns, printed):
     """
     seeds, means = len({row["seed"] for row in rows}), summary(rows)
     wide = max(len(titles.get(key, key)) for key in means)
+    wide = max(wide, len(PAPER) if printed.keys() & means.keys() else 0)
 
     def line(title, cells):
         print(title.ljust(wide) + "".join(f"{x:>10}" for x in cells))
@@ -90,7 +94,7 @@ def show(rows, titles, columns, printed):
         line(titles.get(key, key), [cell(value, seeds) for value in values])
         if key in printed:
             text = "{:.1f} {:.3g} {:.3g}".format(*printed[key])
-            line("  in the paper", text.replace(" 0.", " .").split())
+            line(PAPER, text.replace(" 0.", " .").split())
         if any(map(constant, some)):
             print("  constant: (nearly) everybody gets the same answer")
 

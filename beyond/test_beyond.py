@@ -340,8 +340,8 @@ def test_two_seeds_are_two_splits_and_the_second_begins_anew(here, capsys):
 def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
     folder, out, err = full
     lines = [line.split() for line in out.splitlines()]
-    below = {"fine-tuned": "in the paper 63.0 .183 .142",
-             "faircon": "in the paper 51.0 .136 .081",
+    below = {"fine-tuned": "in the paper (ACC in %) 63.0 .183 .142",
+             "faircon": "in the paper (ACC in %) 51.0 .136 .081",
              "always-0": "constant: (nearly) everybody gets the same answer"}
     for row in results_of(folder)["rows"]:
         key, words = row["key"], train.MODELS[row["key"]].title.split()
@@ -481,8 +481,8 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
             assert row == {**said, **numbers(people, p)}
             gaps[title].append(row["gap"])
     lines = capsys.readouterr().out.splitlines()
-    paper = [line.split() for line in lines if line.startswith("  in the paper ")]
-    assert paper == [["in", "the", "paper", *row[3].split()]
+    paper = [line.split() for line in lines if line.startswith(report.PAPER)]
+    assert paper == [[*report.PAPER.split(), *row[3].split()]
                      for row in titles.values() if row[3]]
     lines = [line for line in lines if re.match("b = |natural", line)]
     for line, title in zip(lines, titles, strict=True):
