@@ -12,6 +12,7 @@
     fine-tuned          the task                       no prompt
     fine-tuned-no-sex   the same; the question leaves out sex
     cda                 the task, both twins           no prompt
+    distance            task + lam * distance          no prompt
     faircon             Eq. (3)                        the adversary's prompt
     fine-tuned-shots    the task                       biased shots
     shots               task + lam * distance          biased shots
@@ -70,6 +71,7 @@ MODELS = {
     "fine-tuned": Recipe("fine-tuned", Game),
     "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
+    "distance": Recipe("distance without a prompt", Game, fair=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
     "shots": Recipe("biased shots plus distance", RobustGame, fair=True),
@@ -79,7 +81,7 @@ MODELS = {
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
                         fair=True, options={"lam": .3})}
 # Asked for by name, or by "all".
-EXTRA = ("fine-tuned-no-sex", "fine-tuned-shots", "following")
+EXTRA = ("fine-tuned-no-sex", "distance", "fine-tuned-shots", "following")
 # Where the default command departs from the released rates, for every row alike. (With
 # dropout the twins' texts have different masks, a distance that is not theirs.)
 RATES = {"rounds": 16, "lr": 2e-3, "dropout": 0.}

@@ -254,6 +254,7 @@ HOW = {  # the game, an adversary, lam, people in a batch, both twins
     "shots": (RobustGame, False, .5, 8, False),
     "cda-shots": (RobustGame, False, 0., 16, True),
     "robust": (RobustGame, True, .5, 8, False),
+    "distance": (faircon.Game, False, .5, 8, False),
     "fine-tuned-no-sex": (faircon.Game, False, 0., 8, False),
     "fine-tuned-shots": (RobustGame, False, 0., 8, False),
     "following": (FollowingGame, True, .5, 8, False)}
