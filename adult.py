@@ -6,7 +6,7 @@ or " 1", is its answer to "does this person earn over $50k?".
     s = 0, 1          Male, Female: the sensitive attribute       Person.s
     y = 0, 1          at most, or over, $50k                      Person.y
     x_m, x_f          one person's text as a man and as a woman   twins
-    b_Pc              P(y=1|s=0) - P(y=1|s=1) of some people      base_rates, cells
+    b_Pc              P(y=1|s=0) - P(y=1|s=1) of a list of people          cells
     counterbalance    in a prompt, each person appears as both sexes       few_shot
 
 PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
@@ -142,8 +142,8 @@ def shot(person):
 
 # ------------------------------------------------------------------ b_Pc
 
-def base_rates(people):
-    """b_Pc of some people, and how many have y = 0 for each one with y = 1."""
+def b_pc_and_ratio(people):
+    """b_Pc of a list of people, and how many have y = 0 for each one with y = 1."""
     rate = []
     for s in (0, 1):
         labels = [p.y for p in people if p.s == s]
@@ -262,19 +262,21 @@ def lesson():
     print("\na prompt of two people at b_Pc = 1:")
     show(few_shot(data.train, 2, 1., rng))
     print("\n200 people at b_Pc = .5, by (s, y):", cells(200, .5))
-    assert base_rates(sample(data.train, 200, .5, rng)) == (.5, 1.), "b_Pc is exact"
+    assert b_pc_and_ratio(sample(data.train, 200, .5, rng)) == (.5, 1.), "b_Pc is exact"
     print("In adult.test every label ends in a full stop. Compared with '>50K', as in "
-          "the\nreleased code, all of them are negatives.")
+          "the\nreleased code, all of them are negatives. (Synthetic rows have Adult's "
+          "base rates\nby construction; `python adult.py DIR` reads the real ones.)")
     print("\nboth files together        y=0 : y=1   natural b_Pc   paper: x5.23, .1312")
     negatives = [p._replace(y=0) for p in data.test]
     for how, test in (("labels read correctly", data.test), ("as released", negatives)):
-        b, ratio = base_rates(data.train + test)
+        b, ratio = b_pc_and_ratio(data.train + test)
         print(f"{how:<26} x{ratio:<12.2f} {b:.4f}")
     questions = [question(p) for p in data.train]
     seen = set(questions)
     again = [p for p in data.test if question(p) in seen]
     share = 100 * len(again) / len(data.test)
-    print(f"\n{share:.1f} % of adult.test's questions are in adult.data word for word.")
+    print(f"\n{share:.1f} % of adult.test's questions are in adult.data word for word: "
+          "a model that was\ntrained on all of that file may remember their answers.")
     leaks = [x for x in questions if "Husband" in x or "Wife" in x]
     assert not leaks, f"{len(leaks)} of {len(questions)} questions give sex away"
     print("\nnow try: take relationship out of LEFT_OUT. Which check fails, and why?")

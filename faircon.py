@@ -6,23 +6,25 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    logits of the next token, the model's answer; in
-               the distance the log-odds of " 1" and " 0"          LanguageModel
+    f_theta    logits of the next token, the model's answer        LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
     x_m, x_f   one person's text as a man and as a woman           adult.twins
-    task       the L of Eq. (3)                                    task
-    the loop   phi climbs, then theta descends, and again          Game.play
+    task       the L of Eq. (3), each person asked as their sex    task
+    the loop   phi climbs, theta descends, repeat                  Game.play
+
+The paper's "contrastive" objective is this comparison of the two twins; there are no
+negatives.
 
 PAPER: prints "min over phi" in Eq. (3), a slip: phi maximises. Eq. (4) is called "one
 part" of Eq. (3); that part maximises, Eq. (4) minimises: `sign` in Adversary.step.
 "ADMM" is plain alternation; there is no dual variable. The paper alternates theta, then
 phi; here phi moves first, so that theta meets a trained prompt from round 1 on.
-PAPER vs RELEASED CODE: the paper does not say which output of the LLM f_theta is;
-released, the raw logits of all tokens. Here the log-odds of the answer, log p(1) - log
-p(0). The slope of p is at most 1/4, so that the distance is at least four times the gap
-|p_m - p_f| of the tables.
+PAPER vs RELEASED CODE: the paper does not say which output of the LLM the distance
+compares; released, the raw logits of all tokens. Here the log-odds of the answer, log
+p(1) - log p(0), one number. p is their sigmoid, whose slope is at most 1/4, so that the
+distance is at least four times the gap |p_m - p_f| given the same prompt.
 The released step of theta has no distance and no lam in it.
 
     python faircon.py      # the game on forty people, step by step
@@ -50,18 +52,273 @@ NO_PROMPT = None
 AT_ONCE = 8192        # tokens of copied prefixes in a batch of `predict`: bounds memory
 
 
+# ------------------------------------------------------------------ the two terms
+
+def task(own, people, answers):
+    """L of Eq. (3): cross-entropy of the answer; logits (B, V), each as their sex."""
+    y = torch.tensor([p.y for p in people], device=own.device)
+    return F.cross_entropy(own, answers[y])
+
+
+def distance(logits, answers):
+    """Mean over people of || f(g, x_m) - f(g, x_f) ||_2, Eq. (3); logits (2, B, V).
+
+    f: the log-odds of the two answers, one number, so the norm is an absolute value.
+    1e-8 keeps the root differentiable where twins agree.
+    """
+    f = logits[..., answers[1]] - logits[..., answers[0]]                # (2, B)
+    return ((f[0] - f[1]).pow(2) + 1e-8).sqrt().mean()
+
+
+def measure(model, people, g=NO_PROMPT, context=None, attributes=None):
+    """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
+    p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
+    return evaluate(p, people)
+
+
+def evaluate(p, people):
+    """metrics.evaluate of the answers p (N, 2) about some people."""
+    return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
+
+
+# ------------------------------------------------------------------ options
+
+def option(default, low, high, meaning):
+    """A field of Options: its value, its range, what it means (train.py's --help)."""
+    return field(default=default, metadata={"range": (low, high), "help": meaning})
+
+
+@dataclass
+class Options:
+    """The game's settings: the paper's value, else that of the released code.
+
+    Neither gives lam. phi_steps: 23 batches of 9 are one pass over 200 people. Raises
+    InputError for a value outside its range.
+    """
+    lam: float = option(1., 0, 1e9, "weight of the distance in Eq. (3)")
+    rounds: int = option(10, 1, 10 ** 6, "rounds of the game, each a pass of theta")
+    batch_size: int = option(9, 1, 10 ** 6, "people in a step of theta and of phi")
+    lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
+    rank: int = option(32, 1, 4096, "r of LoRA (released 4)")
+    alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
+    dropout: float = option(.01, 0, .99, "on LoRA's input")
+    prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")
+    phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
+    phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
+    tau: float = option(1., 1e-30, 1e9, "temperature of Gumbel-softmax")
+    swa: float = option(.4, 0, 1, "the last share of the rounds, which SWA averages")
+
+    def __post_init__(self):
+        for f in fields(self):
+            low, high = f.metadata["range"]
+            value = getattr(self, f.name)
+            if not low <= value <= high:
+                raise InputError(f"{f.name} = {value} is impossible: it lies between "
+                                 f"{low:g} and {high:g}.")
+
+
+# ------------------------------------------------------------------ phi
+
+class Adversary:
+    """g_phi: for each of L places a categorical distribution over V tokens."""
+
+    def __init__(self, model, options, generator):
+        self.model, self.options, self.generator = model, options, generator
+        self.start(self.initial_phi(options.prompt_length))
+
+    def initial_phi(self, length):
+        """A random phi (L, V), no token preferred: standard normal, as released."""
+        return torch.randn(length, len(self.model.embed), generator=self.generator)
+
+    def start(self, phi):
+        """Begin at phi (L, V), with a fresh Adam."""
+        self.phi = phi.to(self.model.device).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.phi], self.options.phi_lr, fused=True)
+
+    def sample(self):
+        """A prompt -> its ids (L,) and embeddings (L, D), differentiable in phi."""
+        noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
+        noise += self.model.mask                         # -inf: this token is not drawn
+        return sample_embeddings(self.phi, self.model.embed, self.options.tau, noise)
+
+    @torch.no_grad()
+    def sample_ids(self):
+        return self.sample()[0].tolist()
+
+    def likeliest_ids(self):
+        """The most probable token of each place, without sampling noise."""
+        return (self.phi + self.model.mask).argmax(-1).tolist()
+
+    def step(self, questions, sign=1):
+        """One step of phi, theta frozen; both twins get the same sample.
+
+        sign +1: up the distance, Eq. (3). -1: down, Eq. (4). Returns the distance
+        before the step.
+        """
+        self.phi.grad = None                    # free the old gradient: phi is large
+        _, g = self.sample()
+        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
+        d = distance(logits, self.model.answers)
+        [self.phi.grad] = torch.autograd.grad(-sign * d, self.phi)  # theta gets none
+        self.optimiser.step()
+        return d.item()
+
+
+# ------------------------------------------------------------------ the game, Eq. (3)
+
+class Game:
+    """The alternating loop of section 3.1 (Figure 2).
+
+    adversary False: theta trains without a prompt; with lam = 0, too, that is plain
+    fine-tuning. `bar`: show a progress bar within a round.
+    """
+
+    def __init__(self, model, people, options, seed, adversary=True, bar=False):
+        lora.inject(model.model, options.rank, options.alpha, options.dropout, seed)
+        self.model, self.people, self.options, self.bar = model, people, options, bar
+        self.questions = model.questions(people)
+        # Not default_rng(seed), which adult.split uses already.
+        self.rng = numpy.random.default_rng((seed, 1))
+        self.generator = torch.Generator().manual_seed(int(self.rng.integers(2 ** 62)))
+        self.adversary = None
+        if adversary:
+            self.adversary = Adversary(model, options, self.generator)
+        self.theta = lora.theta(model.model)
+        self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
+        self.swa = SWA(self.theta)
+        self.done = 0                                                 # rounds played
+
+    def play(self):
+        """Play the rounds that are left; yields what happened in each.
+
+        After them `swa.apply()` puts the average (section 4.2) in place of theta.
+        """
+        while self.done < self.options.rounds:
+            record = {"round": self.done + 1}
+            if self.adversary:
+                record["phi"] = self.phi_turn()
+            record.update(self.theta_turn())
+            self.done += 1
+            yield record
+
+    def phi_turn(self):
+        """phi's turn, a few steps towards the argmax of Eq. (3); theta is frozen.
+
+        Returns the distance at the first step and at the last. Each step has other
+        people, so that the two differ by these as well.
+        """
+        self.start_phi()
+        distances = []
+        with lora.merged(self.model.model):
+            for batch in self.watch(self.batches(self.options.phi_steps), "phi"):
+                questions = [self.questions[i] for i in batch]
+                distances.append(self.adversary.step(questions))
+        return [distances[0], distances[-1]] if distances else []
+
+    def theta_turn(self):
+        """theta's turn: one pass over the people, phi is frozen -> the terms' means."""
+        batches = self.watch(self.batches(), "theta")
+        return mean_of([self.theta_step(batch) for batch in batches])
+
+    def theta_step(self, batch):
+        """One step of theta down Eq. (3) -> its terms before the step.
+
+        The paper's game has one prompt; RobustGame has two, and the loss is their mean
+        (a backward pass for each keeps one graph in memory). Gradients are clipped to
+        norm 1, which neither paper nor released code does.
+        """
+        prompts = self.prompts() or [NO_PROMPT]
+        found = []
+        lora.set_dropout(self.model.model, True)
+        self.optimiser.zero_grad()
+        for g in prompts:
+            terms = self.terms(g, batch)
+            loss = terms["task"]
+            if "distance" in terms:
+                loss = loss + self.options.lam * terms["distance"]  # Eq. (3): the loss
+            (loss / len(prompts)).backward()
+            found.append({name: term.item() for name, term in terms.items()})
+        lora.set_dropout(self.model.model, False)
+        means = mean_of(found)
+        self.check_finite(means)
+        torch.nn.utils.clip_grad_norm_(self.theta, 1.)
+        self.optimiser.step()
+        if self.averaging():
+            self.swa.update()                                            # section 4.2
+        return means
+
+    def terms(self, g, batch):
+        """The two terms of Eq. (3) given a prompt; with lam = 0 the task only.
+
+        The task asks each person as their own sex; with lam = 0 the other twin is not
+        needed.
+        """
+        people = [self.people[i] for i in batch]
+        prefix, answers = self.model.prefix(g), self.model.answers
+        if self.options.lam == 0:
+            own = [[self.questions[i][self.people[i].s]] for i in batch]
+            return {"task": task(self.model(prefix, own)[0], people, answers)}
+        logits = self.model(prefix, [self.questions[i] for i in batch])      # (2, B, V)
+        s = torch.tensor([p.s for p in people])
+        own = logits[s, torch.arange(len(people))]                           # (B, V)
+        return {"task": task(own, people, answers),
+                "distance": distance(logits, answers)}
+
+    # ---- what RobustGame changes
+
+    def start_phi(self):
+        """Before phi's turn. Nothing: phi goes on where the last round left it."""
+
+    def prompts(self):
+        """What stands in front in one step of theta: a sample of the adversary."""
+        return [self.adversary.sample_ids()] if self.adversary else []
+
+    # ---- small parts
+
+    def averaging(self):
+        """True in the last share `swa` of the rounds, at least in the last one."""
+        left = self.options.rounds - self.done             # this round is one of them
+        share = self.options.swa * self.options.rounds
+        return share > 0 and left <= max(1, share)
+
+    def check_finite(self, terms):
+        """InputError if the loss is no number."""
+        if not numpy.isfinite(list(terms.values())).all():
+            raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
+                             f"lr ({self.options.lr}) or lam ({self.options.lam}).")
+
+    def batches(self, n=None):
+        """One pass over the people in random order, or n batches, pass after pass."""
+        size, batches = self.options.batch_size, []
+        n = math.ceil(len(self.people) / size) if n is None else n
+        while len(batches) < n:
+            order = self.rng.permutation(len(self.people))
+            batches += [order[i:i + size] for i in range(0, len(order), size)]
+        return batches[:n]
+
+    def watch(self, batches, name):
+        """The batches, with a bar on a terminal: some models take minutes a round."""
+        return tqdm(batches, name, leave=False, disable=None if self.bar else True)
+
+
+def mean_of(records):
+    """Dicts of the same names -> their means."""
+    return {name: float(numpy.mean([one[name] for one in records]))
+            for name in records[0]}
+
+
 # ------------------------------------------------------------------ f_theta
 
 class LanguageModel:
     """f_theta: a causal language model, its tokenizer, the two answer tokens.
 
-    Plumbing; first read `task`, `distance`, Adversary and Game.
+    Plumbing: text to tokens, and a forward pass that reads what is shared once.
     """
     before = after = ""       # a chat template's texts around all this: beyond/chat.py
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
-        self.dtype = answer_in_float32(model)
+        self.dtype = head_in_float32(model)
         known = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"   # < 5.24
         self.embed = embeddings(model)                                       # (V, D)
@@ -168,26 +425,28 @@ class LanguageModel:
         """-> float32 logits (K, B, V) at the answer. InputError: too long.
 
         questions: for each of B people K token lists; two (the man's, the woman's) or
-        one. What several texts begin with is read once; the gradient is exact.
+        one. Three passes share one cache of keys and values, and the gradient goes
+        through all of them: (1) the prefix, once; (2) the tokens with which a person's
+        twins begin, once a person; (3) the rest of each twin.
         """
-        return self.answer(self.read(prefix, questions), questions)
+        return self.logits(self.read(prefix, questions), questions)
 
     def read(self, prefix, questions):
-        """Keys and values of a prefix (P, D), read once for everybody."""
+        """Pass (1): keys and values of a prefix (P, D), read once for everybody."""
         self.check_length(len(prefix), questions)
         cache = DynamicCache()
         self.run(prefix[None], cache)
         return cache
 
-    def answer(self, cache, questions):
-        """Logits (K, B, V) given a prefix that was read; the cache is used up."""
+    def logits(self, cache, questions):
+        """Logits (K, B, V) given the keys and values of a prefix, which are changed."""
         B, K = len(questions), len(questions[0])
-        head = min(shared(texts) for texts in questions)
+        head = min(shared(texts) for texts in questions)      # as long for everybody
         cache.batch_repeat_interleave(B)
-        if head:                             # once for a person: what the twins share
+        if head:                                                            # pass (2)
             heads = torch.tensor([texts[0][:head] for texts in questions])
             self.run(self.embed[heads.to(self.device)], cache)          # (B, head, D)
-        cache.batch_repeat_interleave(K)                    # twins lie side by side
+        cache.batch_repeat_interleave(K)          # pass (3): twins lie side by side
         tails = []
         for texts in questions:
             for text in texts:
@@ -201,7 +460,10 @@ class LanguageModel:
         return logits.float().view(B, K, -1).transpose(0, 1)
 
     def run(self, x, cache, keep=1):
-        """Embeddings x (N, T, D) after a cache, which they join -> logits at `keep`."""
+        """Reads embeddings x (N, T, D) after a cache, and adds them to it -> logits.
+
+        keep: of how many last positions, or of which positions (a tensor).
+        """
         cache = {self.cache_name: cache}
         x = x.to(self.dtype)
         return self.model(inputs_embeds=x, logits_to_keep=keep, **cache).logits
@@ -226,7 +488,7 @@ class LanguageModel:
         cache = self.read(prefix, questions)
         batch = max(1, min(batch, AT_ONCE // len(prefix)))
         for i in range(0, len(questions), batch):
-            logits = self.answer(copy.deepcopy(cache), questions[i:i + batch])
+            logits = self.logits(copy.deepcopy(cache), questions[i:i + batch])
             parts.append(self.p_yes(logits).T)                               # (B, 2)
         p = torch.cat(parts)
         if not p.isfinite().all():
@@ -239,8 +501,8 @@ class LanguageModel:
         return logits[..., self.answers].softmax(-1)[..., 1]
 
 
-def answer_in_float32(model):
-    """Let a bf16 model compute its logits in float32 -> the dtype of its blocks.
+def head_in_float32(model):
+    """Makes a bf16 model compute its logits in float32 -> the dtype of its blocks.
 
     In bf16 logits of about 20 come in steps of .125, and log-odds with them.
     """
@@ -272,255 +534,6 @@ def shared(texts):
             break
         n += 1
     return n
-
-
-# ------------------------------------------------------------------ the two terms
-
-def task(own, people, answers):
-    """L of Eq. (3): cross-entropy of the answer; logits (B, V), each as their sex."""
-    y = torch.tensor([p.y for p in people], device=own.device)
-    return F.cross_entropy(own, answers[y])
-
-
-def distance(logits, answers):
-    """Mean over people of || f(g, x_m) - f(g, x_f) ||_2, Eq. (3); logits (2, B, V).
-
-    f: the log-odds of the two answers, one number, so the norm is an absolute value.
-    1e-8 keeps the root differentiable where twins agree.
-    """
-    f = logits[..., answers[1]] - logits[..., answers[0]]                # (2, B)
-    return ((f[0] - f[1]).pow(2) + 1e-8).sqrt().mean()
-
-
-def measure(model, people, g=NO_PROMPT, context=None, attributes=None):
-    """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
-    p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
-    return evaluate(p, people)
-
-
-def evaluate(p, people):
-    """metrics.evaluate of the answers p (N, 2) about some people."""
-    return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
-
-
-# ------------------------------------------------------------------ options
-
-def option(default, low, high, meaning):
-    """A field of Options: its value, its range, what it means (train.py's --help)."""
-    return field(default=default, metadata={"range": (low, high), "help": meaning})
-
-
-@dataclass
-class Options:
-    """The game's settings: what the paper has, else (but for lam) its released code.
-
-    23 steps of phi are one pass over 200 people.
-    InputError for a value outside its range.
-    """
-    lam: float = option(1., 0, 1e9, "weight of the distance in Eq. (3)")
-    rounds: int = option(10, 1, 10 ** 6, "rounds of the game, each a pass of theta")
-    batch_size: int = option(9, 1, 10 ** 6, "people in a step of theta and of phi")
-    lr: float = option(5e-4, 1e-30, 1e9, "AdamW's rate for theta")
-    rank: int = option(32, 1, 4096, "r of LoRA (released 4)")
-    alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
-    dropout: float = option(.01, 0, .99, "on LoRA's input")
-    prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")
-    phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
-    phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
-    tau: float = option(1., 1e-30, 1e9, "temperature of Gumbel-softmax")
-    swa: float = option(.4, 0, 1, "the last share of the rounds, which SWA averages")
-
-    def __post_init__(self):
-        for f in fields(self):
-            low, high = f.metadata["range"]
-            value = getattr(self, f.name)
-            if not low <= value <= high:
-                raise InputError(f"{f.name} = {value} is impossible: it lies between "
-                                 f"{low:g} and {high:g}.")
-
-
-# ------------------------------------------------------------------ phi
-
-class Adversary:
-    """g_phi: for each of L places a categorical distribution over V tokens."""
-
-    def __init__(self, model, options, generator):
-        self.model, self.options, self.generator = model, options, generator
-        self.start(self.initial_phi(options.prompt_length))
-
-    def initial_phi(self, length):
-        """A random phi (L, V), no token preferred: standard normal, as released."""
-        return torch.randn(length, len(self.model.embed), generator=self.generator)
-
-    def start(self, phi):
-        """Begin at phi (L, V), with a fresh Adam."""
-        self.phi = phi.to(self.model.device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.phi], self.options.phi_lr, fused=True)
-
-    def sample(self):
-        """A prompt -> its ids (L,) and embeddings (L, D), differentiable in phi."""
-        noise = gumbel_noise(self.phi.shape, self.generator).to(self.model.device)
-        noise += self.model.mask                         # -inf: this token is not drawn
-        return sample_embeddings(self.phi, self.model.embed, self.options.tau, noise)
-
-    @torch.no_grad()
-    def sample_ids(self):
-        return self.sample()[0].tolist()
-
-    def likeliest_ids(self):
-        """The most probable token of each place, without sampling noise."""
-        return (self.phi + self.model.mask).argmax(-1).tolist()
-
-    def step(self, questions, sign=1):
-        """One step of phi, theta frozen; both twins get the same sample.
-
-        sign +1: up the distance, Eq. (3). -1: down, Eq. (4). -> the distance before it
-        """
-        self.phi.grad = None                    # free the old gradient: phi is large
-        ids, g = self.sample()
-        logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
-        d = distance(logits, self.model.answers)
-        self.phi.grad, = torch.autograd.grad(-sign * d, self.phi)
-        self.optimiser.step()
-        return d.item()
-
-
-# ------------------------------------------------------------------ the game, Eq. (3)
-
-class Game:
-    """The alternating loop of section 3.1 (Figure 2).
-
-    adversary False: theta trains without a prompt, and with lam = 0 that is plain
-    fine-tuning. `bar`: show a progress bar within a round.
-    """
-
-    def __init__(self, model, people, options, seed, adversary=True, bar=False):
-        lora.inject(model.model, options.rank, options.alpha, options.dropout, seed)
-        self.model, self.people, self.options, self.bar = model, people, options, bar
-        self.questions = model.questions(people)
-        # Not default_rng(seed), which adult.split uses already.
-        self.rng = numpy.random.default_rng((seed, 1))
-        self.generator = torch.Generator().manual_seed(int(self.rng.integers(2 ** 62)))
-        self.adversary = None
-        if adversary:
-            self.adversary = Adversary(model, options, self.generator)
-        self.theta = lora.theta(model.model)
-        self.optimiser = torch.optim.AdamW(self.theta, lr=options.lr, weight_decay=0.)
-        self.swa = SWA(self.theta)
-        self.done = 0                                                 # rounds played
-
-    def play(self):
-        """Play the rounds that are left; yields what happened in each."""
-        while self.done < self.options.rounds:
-            record = {"round": self.done + 1}
-            if self.adversary:
-                record["phi"] = self.phi_half()
-            record.update(self.theta_half())
-            self.done += 1
-            yield record
-
-    def phi_half(self):
-        """phi's turn, a few steps towards the argmax of Eq. (3); theta is frozen.
-
-        -> the distance at the first step and at the last; each step has other people,
-        so that the two differ by these as well
-        """
-        self.start_phi()
-        distances = []
-        with lora.merged(self.model.model):
-            for batch in self.watch(self.batches(self.options.phi_steps), "phi"):
-                questions = [self.questions[i] for i in batch]
-                distances.append(self.adversary.step(questions))
-        return [distances[0], distances[-1]] if distances else []
-
-    def theta_half(self):
-        """theta's turn: one pass over the people, phi is frozen -> the terms' means."""
-        batches = self.watch(self.batches(), "theta")
-        return mean_of([self.theta_step(batch) for batch in batches])
-
-    def theta_step(self, batch):
-        """One step of theta down Eq. (3) -> its terms before the step.
-
-        The loss is the mean over the prompts; a backward pass for each keeps one graph
-        in memory. Gradients are clipped to norm 1 (neither paper nor released code).
-        """
-        prompts = self.prompts() or [NO_PROMPT]
-        found = []
-        lora.set_dropout(self.model.model, True)
-        self.optimiser.zero_grad()
-        for g in prompts:
-            terms = self.terms(g, batch)
-            loss = terms["task"]
-            if "distance" in terms:
-                loss = loss + self.options.lam * terms["distance"]  # Eq. (3): the loss
-            (loss / len(prompts)).backward()
-            found.append({name: term.item() for name, term in terms.items()})
-        lora.set_dropout(self.model.model, False)
-        means = mean_of(found)
-        self.check_finite(means)
-        torch.nn.utils.clip_grad_norm_(self.theta, 1.)
-        self.optimiser.step()
-        if self.averaging():
-            self.swa.update()                                            # section 4.2
-        return means
-
-    def terms(self, g, batch):
-        """The two terms of Eq. (3) given a prompt; with lam = 0 the task only.
-
-        The task asks each person as their own sex, and lam = 0 reads no other twin.
-        """
-        people = [self.people[i] for i in batch]
-        prefix, answers = self.model.prefix(g), self.model.answers
-        if self.options.lam == 0:
-            own = [[self.questions[i][self.people[i].s]] for i in batch]
-            return {"task": task(self.model(prefix, own)[0], people, answers)}
-        logits = self.model(prefix, [self.questions[i] for i in batch])      # (2, B, V)
-        s = torch.tensor([p.s for p in people])
-        own = logits[s, torch.arange(len(people))]                           # (B, V)
-        return {"task": task(own, people, answers),
-                "distance": distance(logits, answers)}
-
-    # ---- what RobustGame changes
-
-    def start_phi(self):
-        """Before phi's turn. Nothing: phi goes on where the last round left it."""
-
-    def prompts(self):
-        """What stands in front in one step of theta: a sample of the adversary."""
-        return [self.adversary.sample_ids()] if self.adversary else []
-
-    # ---- small parts
-
-    def averaging(self):
-        """True in the last share `swa` of the rounds, at least in the last one."""
-        left = self.options.rounds - self.done             # this round is one of them
-        share = self.options.swa * self.options.rounds
-        return share > 0 and left <= max(1, share)
-
-    def check_finite(self, terms):
-        """InputError if the loss is no number."""
-        if not numpy.isfinite(list(terms.values())).all():
-            raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
-                             f"lr ({self.options.lr}) or lam ({self.options.lam}).")
-
-    def batches(self, n=None):
-        """One pass over the people in random order, or n batches, pass after pass."""
-        size, batches = self.options.batch_size, []
-        n = math.ceil(len(self.people) / size) if n is None else n
-        while len(batches) < n:
-            order = self.rng.permutation(len(self.people))
-            batches += [order[i:i + size] for i in range(0, len(order), size)]
-        return batches[:n]
-
-    def watch(self, batches, name):
-        """The batches, with a bar on a terminal: some models take minutes a round."""
-        return tqdm(batches, name, leave=False, disable=None if self.bar else True)
-
-
-def mean_of(records):
-    """Dicts of the same names -> their means."""
-    return {name: float(numpy.mean([one[name] for one in records]))
-            for name in records[0]}
 
 
 # ------------------------------------------------------------------ the lesson
@@ -564,16 +577,20 @@ def mean_distance(adversary, questions, samples=6):
 
 def play(model, people, test, lam):
     """The paper's game, rates raised for four rounds -> the gap on test people."""
-    print(f"\nthe game at lam = {lam:g}: 40 people, gap on 40 others (phi's first and "
-          "last step\nare on different people, so that its distance may fall)"
-          "\n    round   phi: distance    theta: task     gap")
     options = Options(lam=lam, rounds=4, batch_size=8, lr=2e-3, phi_steps=5, phi_lr=2.)
-    for record in Game(model, people, options, seed=0).play():
-        gap = measure(model, test)["gap"]
-        first, last = record["phi"]
-        print(f"    {record['round']:<7} {first:.3f} -> {last:.3f} "
-              f"{record['task']:13.3f} {gap:10.3f}", flush=True)
+    game = Game(model, people, options, seed=0)
+    show_gap("not trained", "", measure(model, test)["gap"])
+    for record in game.play():
+        task = f"{record['task']:.3f}"
+        show_gap(f"round {record['round']}", task, measure(model, test)["gap"])
+    game.swa.apply()
+    gap = measure(model, test)["gap"]
+    show_gap("the average, section 4.2", "", gap)
     return gap
+
+
+def show_gap(when, task, gap):
+    print(f"    {when:<26} {task:<8} {gap:.3f}", flush=True)
 
 
 def lesson():
@@ -589,7 +606,13 @@ def lesson():
     test = adult.sample(data.test, 40, 0., rng)
     show_people(model, people)
     climb(model, people)
-    gaps = [play(model, people, test, lam) for lam in (0., 1.)]
+    print("\nthe game on 40 people; gap on 40 others, without a prompt. theta's task is"
+          "\nthe cross-entropy over all tokens given the adversary's prompt: at first\n"
+          f"little of the probability is on 0 and 1\n{'':31}task     gap")
+    gaps = []
+    for lam, what in ((0., "as theta's step was released"), (1., "Eq. (3)")):
+        print(f"  lam = {lam:g}: {what}")
+        gaps.append(play(model, people, test, lam))
     assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
     print("\nnow try: lam = 0.1 in `lesson`. How much of the gap is left?")
 

@@ -42,9 +42,9 @@ def gumbel_noise(shape, generator=None, device=None):
     return noise.log_().neg_()                            # in place: (L, V) is large
 
 
-# --------------------------------------- the same in half the memory: the game runs it
+# ------------------------- what the game uses: same value and gradient, half the memory
 
-ROWS = 64               # of (L, V), whose slopes are in memory at a time: bounds it
+ROWS = 64            # of the (L, V) gradient that are computed at a time: bounds memory
 
 
 def sample_embeddings(logits, E, tau, noise):
@@ -64,7 +64,8 @@ class SampleEmbeddings(torch.autograd.Function):
 
         slope = E @ d loss / d embedding                what each token would be worth
         sigma = softmax((logits + noise) / tau)
-        d loss / d logits = sigma * (slope - sigma . slope) / tau
+        d loss / d logits = (diag(sigma) - sigma sigma^T) slope / tau
+                          = sigma * (slope - sigma . slope) / tau
     """
 
     @staticmethod
@@ -79,8 +80,8 @@ class SampleEmbeddings(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, gradient):
         scores, E = ctx.saved_tensors
-        for rows, g in zip(scores.split(ROWS), gradient.split(ROWS)):
-            slopes = (g @ E.T).float()                                       # (R, V)
+        for rows, toward in zip(scores.split(ROWS), gradient.split(ROWS)):
+            slopes = (toward @ E.T).float()                                  # (R, V)
             for score, slope in zip(rows, slopes):
                 sigma = (score / ctx.tau).softmax(-1)                        # (V,)
                 score.copy_(sigma * (slope - sigma @ slope) / ctx.tau)
@@ -98,9 +99,10 @@ def to_target(phi):
 
 
 def figure_4(tau, seed, steps=400, start=200, lr=.1):
-    """Figure 4: train logits until 64 of their samples look like TARGET.
+    """Figure 4: train logits so that the mean of 64 of their samples is near TARGET.
 
-    -> the distance to it after each step: of phi, and of phi's average from `start`.
+    Returns the distance to it after each step: of phi, and of phi's average from
+    `start` on.
     """
     generator = torch.Generator().manual_seed(seed)
     phi = torch.zeros(8, requires_grad=True)
@@ -146,7 +148,7 @@ def lesson():
         last = sum(sum(run[0][-100:]) for run in runs) / (100 * seeds)
         averaged = sum(sum(run[1][-100:]) for run in runs) / (100 * seeds)
         print(f"{tau:<7} {last:.4f}   {averaged:.4f}", flush=True)
-        assert averaged < last, "the average is calmer than what it averages"
+        assert averaged < last, "the average is nearer than what it averages"
     print("tau changes only the backward pass, and hardly matters here.")
     print("\nnow try: lr=1. in figure_4. Does tau still hardly matter?")
 

@@ -7,8 +7,8 @@
     B (out, r)    trained, zero at the start: LoRA begins as the base model
 
 All A and B together are the theta of Eq. (3). Adapters are saved in PEFT's format.
-PAPER vs RELEASED CODE: the paper's "0.5 %" of GPT-Neo-1.3B is r = 32 (0.476 %);
-the released r = 4 is 0.060 %.
+PAPER vs RELEASED CODE: the paper trains "0.5 %" of GPT-Neo-1.3B and gives no r; among
+powers of two r = 32 is nearest (0.476 %). The released r = 4 is 0.060 %.
 
     python lora.py      # what the lines above say, checked in numbers
 """
@@ -72,7 +72,10 @@ def inject(model, r=32, alpha=16, dropout=0., seed=0):
 
 
 def projections(model):
-    """Where q_proj and v_proj are -> [(module that holds it, name)]. InputError."""
+    """Where q_proj and v_proj are -> [(module that holds it, name)].
+
+    Raises InputError.
+    """
     found = []
     for parent in model.modules():
         for name, child in parent.named_children():

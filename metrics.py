@@ -13,7 +13,9 @@ PAPER: calls Eq. (2) M_deo in section 1.1 and M_eod in the tables. Below Eq. (1)
 "altering the sensitive attribute while keeping everything else constant", which is the
 gap, not Eq. (1).
 PAPER vs RELEASED CODE: the released notebook's DPD is |mean of p_m - p_f| (our
-|signed_gap|), its EOD the larger of that within y = 0 and within y = 1.
+|signed_gap|); its EOD is the same within y = 0 and within y = 1, the larger of the two.
+PAPER: section 1.1 offers DEO as the remedy for DPD's fault in case 1; there it is large
+for a model that never looks at s, too. Only the gap is 0.
 
     python metrics.py       # Figure 1 in numbers
 """
@@ -109,10 +111,9 @@ def lesson():
     innocent = figure_1(1, 0)
     print("\nIn case 1 the model that never looks at s has a gap of 0, but a DPD of "
           f"{innocent['dpd']:.2f}\nand a DEO of {innocent['deo']:.2f}, because men and "
-          "women differ in X. In case 2 all three\nsee that s is used; in case 1 only "
-          "the gap is 0 for the model that does not use it.")
-    print("\nnow try: halve X for women: score x * (1 - model_uses_s * asked_as / 2). "
-          "Who sees it?")
+          "women differ in X.\nIn case 2 all three metrics are 0 for it.")
+    print("\nnow try: halve X for women: score x * (1 - model_uses_s * asked_as / 2).\n"
+          "Which metrics notice?")
 
 
 if __name__ == "__main__":

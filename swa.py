@@ -1,10 +1,14 @@
 """Section 4.2: stochastic weight averaging (SWA), by hand.
 
-    average <- average + (w - average) / (n + 1)        w: the n-th weights, from n = 0
+    average <- average + (w - average) / (n + 1)
+
+    w    the weights now
+    n    how many weights have been averaged before
 
 PAPER vs RELEASED CODE: the paper averages "the model weights"; the released code
-averages the adversary's logits and never uses the average. Here: LoRA's A and B.
-mean(B) mean(A) is not mean(B A): the factors are averaged, not their product.
+averages the adversary's logits and never uses the average. Here: LoRA's A and B, and so
+the average is an adapter, too. (It is not the average of the weights W + B A: mean(B)
+mean(A) is not mean(B A).)
 
     python swa.py       # the last weights of a noisy descent, and their average
 """

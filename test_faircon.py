@@ -176,7 +176,7 @@ def test_the_papers_base_rates_come_from_a_label_bug():
     test = adult.read(REAL / "adult.test")
     as_released = [p._replace(y=0) for p in test]
     for some, b, ratio in ((as_released, .1312, 5.23), (test, .1945, 3.18)):
-        found_b, found_ratio = adult.base_rates(train + some)
+        found_b, found_ratio = adult.b_pc_and_ratio(train + some)
         assert round(found_b, 4) == b
         assert round(found_ratio, 2) == ratio
 
@@ -212,7 +212,7 @@ def test_split_measures_nobody_it_has_seen(data):
     assert chosen <= train, "adult.test is for the reported numbers"
     assert len(chosen) == 80 + 100, "a validation row is a training row"
     assert measured <= test
-    rates = [adult.base_rates(some)[0] for some in people]
+    rates = [adult.b_pc_and_ratio(some)[0] for some in people]
     assert rates == [.5, 0., 0., .5]
     assert people == adult.split(data, 80, .5, 40, seed=3)
     assert people.train != adult.split(data, 80, .5, 40, seed=4).train
@@ -410,7 +410,7 @@ def test_predict_in_batches_is_predict_at_once(model, data, monkeypatch):
     wanted = whole[..., model.answers].softmax(-1)[..., 1].T
     sizes = []
     caches = []
-    spy(monkeypatch, model, "answer", lambda *seen: sizes.append(len(seen[1])))
+    spy(monkeypatch, model, "logits", lambda *seen: sizes.append(len(seen[1])))
     spy(monkeypatch, model, "read", lambda *seen: caches.append(seen[-1]))
     for at_once, batch in ((8192, 64), (8192, 2), (1, 64)):
         monkeypatch.setattr(faircon, "AT_ONCE", at_once)
@@ -656,7 +656,7 @@ def test_phi_attacks_the_merged_model_without_dropout(model, data, monkeypatch):
             assert layer.original is not None, "not merged"
         seen.append(model.model(x).logits)
     spy(monkeypatch, game.adversary, "step", see)
-    game.phi_half()
+    game.phi_turn()
     assert len(seen) == 3
     assert same(seen, seen[:1] * 3), "theta or dropout moved"
     for layer in layers:
@@ -679,7 +679,7 @@ def test_phi_goes_on_over_the_rounds_or_begins_anew(model, data, kind, wanted):
     lengths = set()
     for _ in range(3):
         before = game.adversary.phi.detach().clone()
-        game.phi_half()
+        game.phi_turn()
         phi = game.adversary.phi.detach()
         lengths.add(len(phi))
         adam = game.adversary.optimiser.state_dict()["state"][0]
@@ -731,7 +731,7 @@ def test_theta_steps_down_eq_3(model, data, lam, monkeypatch):
         questions = [[x[p.s]] for x, p in zip(questions, people)]
     read = []
     game.prompts = lambda: prompts
-    spy(monkeypatch, model, "answer", lambda *seen: read.append(seen[1]))
+    spy(monkeypatch, model, "logits", lambda *seen: read.append(seen[1]))
     for p in game.theta:
         p.grad = torch.ones_like(p)                 # left over, and to be forgotten
     assert game.theta_step(range(4)) == pytest.approx(terms, rel=.01)
@@ -1118,7 +1118,7 @@ def test_the_synthetic_twin_is_like_adult(data):
     assert "SYNTHETIC" in data.source
     assert (len(data.train), len(data.test)) == (8000, 4000)
     for people, b in ((data.train, .1963), (data.test, .1911)):
-        assert adult.base_rates(people)[0] == pytest.approx(b, abs=.01)
+        assert adult.b_pc_and_ratio(people)[0] == pytest.approx(b, abs=.01)
 
 
 @needs_real

@@ -22,10 +22,14 @@
                         is to answer as the untrained
                         model does, mean of the twins
 
-All share people, seeds, rounds and rates, but for `following`, whose lam is .3.
-RobustGame's own settings (lengths, phi's rate, a fresh phi, two prompts a step) are in
-beyond/robust.py; with both twins (CDA, counterfactual data augmentation) a batch is
-twice as large, so that all rows take equally many steps.
+All rows share people, seeds, rounds and theta's rate; with both twins (CDA,
+counterfactual data augmentation) a batch is twice as large, so that all take equally
+many steps. The rows with shots are RobustGame's (beyond/robust.py): there phi has
+another rate, and with an adversary theta two prompts a step. lam is .3 for `following`.
+
+    a job               one model of one seed, in a process of its own: train_model
+    the way of a number run, train_model, play_game, Game.play, swa.apply, measure_all,
+                        metrics.evaluate; then report.show
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
@@ -84,7 +88,7 @@ MODELS = {
 EXTRA = ("fine-tuned-no-sex", "distance", "fine-tuned-shots", "following")
 # Where the default command departs from the released rates, for every row alike. (With
 # dropout the twins' texts have different masks, a distance that is not theirs.)
-RATES = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
+DEFAULTS = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
 # Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
 TABLE_3 = {"fine-tuned": (63.0, .183, .142), "faircon": (51.0, .136, .081)}
 TABLES_1_2 = {
@@ -160,8 +164,8 @@ def add_game_flags(g):
     """A flag for each field of RobustOptions; its help says which value is whose."""
     for f in dataclasses.fields(RobustOptions):
         note = f"{getattr(Options, f.name, f.default):g}"
-        if f.name in RATES:
-            note = f"{RATES[f.name]:g}; released {note}"
+        if f.name in DEFAULTS:
+            note = f"{DEFAULTS[f.name]:g}; released {note}"
         elif f.default != getattr(Options, f.name, f.default):
             note += f"; robust {f.default:g}"
         g.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
@@ -177,22 +181,22 @@ def models_of(args):
 def given_options(args):
     """What the user said of the game, over our rates -> {name: value}."""
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(RobustOptions)}
-    given = {} if args.paper else dict(RATES)
+    given = {} if args.paper else dict(DEFAULTS)
     given.update({name: value for name, value in said.items() if value is not None})
     return given
 
 
 def options_of(config, key):
     """One model's options. InputError for a value outside its range."""
-    model = MODELS[key]
-    robust = model.game and issubclass(model.game, RobustGame)
+    recipe = MODELS[key]
+    robust = recipe.game and issubclass(recipe.game, RobustGame)
     kind = RobustOptions if robust else Options
     names = [f.name for f in dataclasses.fields(kind)]
-    given = {**model.options, **config["game"]}
+    given = {**recipe.options, **config["game"]}
     options = kind(**{name: x for name, x in given.items() if name in names})
-    if not model.fair:
+    if not recipe.fair:
         options.lam = 0.
-    if model.both_twins:                                       # as many steps as others
+    if recipe.both_twins:                                      # as many steps as others
         options.batch_size *= 2
     return options
 
@@ -236,22 +240,22 @@ def train_model(config, key, seed, folder):
     lora.remove(model.model)
     row = {"key": key, "seed": seed}
     if MODELS[key].game:
-        row.update(play(model, people, config, key, seed, place))
+        row.update(play_game(model, people, config, key, seed, place))
     with lora.merged(model.model):
         row.update(measure_all(model, people, data, config, key, seed, place))
     return [row]
 
 
-def play(model, people, config, key, seed, place):
+def play_game(model, people, config, key, seed, place):
     """The game of section 3, round by round -> what to say of it.
 
     It leaves SWA's average in the model, which train_model then measures.
     """
-    how, options = MODELS[key], options_of(config, key)
+    recipe, options = MODELS[key], options_of(config, key)
     rows = people.train
-    if how.both_twins:
+    if recipe.both_twins:
         rows = rows + [adult.flipped(p) for p in rows]
-    game = how.game(model, rows, options, seed, how.adversary, bar=not model.small)
+    game = recipe.game(model, rows, options, seed, recipe.adversary, not model.small)
     attributes = attributes_of(key)
     game.questions = model.questions(rows, attributes)
     history = runs.load_state(game, place)
@@ -430,7 +434,8 @@ def prepare(args):
         "seed", "chat")}
     config["game"], config["models"] = given_options(args), models_of(args)
     options = {key: options_of(config, key) for key in MODELS}      # checked, all of it
-    exact = {1: 8, 2: 16}.get(args.table, 2)       # a multiple of it has every b_Pc
+    # The fewest shots with which every b_Pc of the table is exact.
+    exact = {1: 8, 2: 16}.get(args.table, 2)
     if args.shots % exact:
         raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
                          f"give a multiple of {exact}, an even number.")
@@ -534,7 +539,7 @@ def main(argv=None):
                              "give one.")
         if args.models and (args.table != 3 or args.prompt_only):
             raise InputError("--models are Table 3's; leave it out here.")
-        if args.table != 3 and given_options(args) != RATES:
+        if args.table != 3 and given_options(args) != DEFAULTS:
             raise InputError("Tables 1 and 2 train nothing: no flags of the game.")
         other = f"table{args.table}" if args.table != 3 else "default"
         args.name = args.name or (kinds[0] if kinds else other)

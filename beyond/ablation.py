@@ -157,7 +157,7 @@ def run(args):
     data = train.load_data_once(args.data, args.task)
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
-              "game": train.RATES, "seed": args.seed, "seeds": args.seeds,
+              "game": train.DEFAULTS, "seed": args.seed, "seeds": args.seeds,
               "shots": args.shots,
               "test_rows": args.test_rows or train.enough(data.test, .5, 1000)}
     for name in names:

@@ -227,7 +227,10 @@ def token_prompt(model, scored):
 
 
 def random_prompt(model, length, rng):
-    """Random usable tokens as text: encoded again, cut to `length`. InputError."""
+    """Random usable tokens as text: encoded again, cut to `length`.
+
+    Raises InputError.
+    """
     for attempt in range(100):
         drawn = rng.integers(len(model.usable), size=(2 + attempt) * length)
         text = model.decode([model.usable[i] for i in drawn])
@@ -262,7 +265,10 @@ def write(model, n, length, generator):
 
 
 def written_search(target, length, budget, rng):
-    """The best of `budget` texts that the attacked model writes itself. InputError."""
+    """The best of `budget` texts that the attacked model writes itself.
+
+    Raises InputError.
+    """
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     texts = []
     while len(texts) < budget:

@@ -53,7 +53,7 @@ class Chat(LanguageModel):
 
 
 def around(tokenizer):
-    """-> the texts before and after a user's turn. InputError."""
+    """-> the texts before and after a user's turn. Raises InputError."""
     turn = "a user's turn"
     parts = templated(tokenizer, turn).split(turn)
     if len(parts) != 2:
@@ -63,7 +63,10 @@ def around(tokenizer):
 
 
 def templated(tokenizer, text):
-    """A user's turn in the template, up to where the reply begins. InputError."""
+    """A user's turn in the template, up to where the reply begins.
+
+    Raises InputError.
+    """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; leave out --chat.")
     try:

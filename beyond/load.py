@@ -184,7 +184,7 @@ def sha256(place, tokenizer, file=None, template=""):
 
 
 def choose_device(device):
-    """"auto" or a device's name -> a device that works here. InputError."""
+    """"auto" or a device's name -> a device that works here. Raises InputError."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

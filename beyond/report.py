@@ -148,11 +148,11 @@ def figure2(args, axes):
     for start, end, colour in arrows:
         style = {"arrowstyle": "->", "lw": 1.6, "color": colour}
         axes.annotate("", end, start, arrowprops=style)
-    axes.text(3.5, 2.6, "phi_half: phi goes UP the distance,\ntheta frozen",
+    axes.text(3.5, 2.6, "phi_turn: phi goes UP the distance,\ntheta frozen",
               color="C3", fontsize=10)
     axes.text(2.2, .1, "theta_step: theta goes DOWN task + lam * distance, Eq. (3); "
               "phi frozen", color="C0", fontsize=10)
-    axes.text(.2, .9, "a round:\nphi_half,\nthen theta_step\nfor every batch",
+    axes.text(.2, .9, "a round:\nphi_turn,\nthen theta_step\nfor every batch",
               fontsize=10)
 
 

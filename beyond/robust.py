@@ -56,10 +56,11 @@ class RobustGame(faircon.Game):
 
         They stand where g stands, before the instruction; at test (adult.few_shot)
         labelled people come after it. A person's sex is flipped where the label would
-        not fit the bias. The first shot may be cut; one being asked about may appear.
+        not fit the bias. The first shot may be cut; the person who is asked about may
+        be among them.
         """
         length = self.some_length()
-        favoured = self.rng.integers(2)                  # whose rows say 1: 0 is men
+        favoured = self.rng.integers(2)      # the sex whose shots are all 1; 0: men
 
         def draw():
             person = self.people[self.rng.integers(len(self.people))]
@@ -68,7 +69,7 @@ class RobustGame(faircon.Game):
         return self.shots_of(draw, length)
 
     def shots_of(self, draw, length):
-        """The last `length` tokens of as many people as it takes."""
+        """Shots one after the other, until there are `length` tokens; the last ones."""
         ids = []
         while len(ids) < length:
             ids += self.model.ids(adult.shot(draw()))
@@ -81,7 +82,7 @@ class FollowingGame(RobustGame):
     The label would teach it that shots say nothing about the question. The untrained
     model follows them, and the mean of its answers to the two twins has no gap. In a
     quarter of the steps the shots are biased; in the others they are drawn without
-    regard to sex, and mostly all have the same label.
+    regard to sex, and nearly all have the same label.
     """
 
     def __init__(self, model, *args, **more):
@@ -97,7 +98,7 @@ class FollowingGame(RobustGame):
 
     def fair_shots(self):
         """Labelled training rows of either sex, with a base rate of their own."""
-        length, rate = self.some_length(), self.rng.beta(.2, .2)
+        length, rate = self.some_length(), self.rng.beta(.2, .2)     # near 0 or near 1
 
         def draw():
             y = self.rng.random() < rate
@@ -125,6 +126,11 @@ def play(game, model, test, shots):
     """Play a game -> the gap on test people, without a prompt and given shots."""
     for _ in game.play():
         pass
+    game.swa.apply()
+    return gaps(model, test, shots)
+
+
+def gaps(model, test, shots):
     return [faircon.measure(model, test)["gap"],
             faircon.measure(model, test, context=shots)["gap"]]
 
@@ -142,11 +148,14 @@ def lesson():
     test = adult.sample(data.test, 40, 0., rng)
     shots = adult.few_shot(data.train, 8, 1., rng)
     rates = {"rounds": 4, "batch_size": 8, "lr": 2e-3, "phi_steps": 5}
-    options = RobustOptions(**rates, longest=200)
     print("40 people, 4 rounds; gap on 40 others\n\n"
           "game          no prompt   given 8 shots at b_Pc = 1")
+    no_prompt, given = gaps(model, test, shots)
+    print(f"none          {no_prompt:9.3f} {given:12.3f}")
     given_shots = []
-    for name, kind in (("the paper's", faircon.Game), ("RobustGame", RobustGame)):
+    for name, kind, options in (
+            ("the paper's", faircon.Game, faircon.Options(**rates)),
+            ("RobustGame", RobustGame, RobustOptions(**rates, longest=200))):
         torch.manual_seed(0)
         game = kind(model, people, options, seed=0)
         no_prompt, given = play(game, model, test, shots)

@@ -232,7 +232,10 @@ def open_run(args, depends_on):
 
 
 def begin(folder, args, depends_on):
-    """Note what a new run depends on, compare it when one goes on. InputError."""
+    """Note what a new run depends on, compare it when one goes on.
+
+    Raises InputError.
+    """
     if args.resume:
         compare(folder, depends_on)
     elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
@@ -320,7 +323,7 @@ def save_state(game, history, folder):
 def load_state(game, folder):
     """Let a fresh game go on where a state was saved -> its history, [] without one.
 
-    Opening the file runs no code. InputError.
+    Opening the file runs no code. Raises InputError.
     """
     import pickle
     import torch
@@ -461,7 +464,7 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     """A model of a finished run, adapter merged -> (LanguageModel, its row, the run).
 
     model_path, task: where the base model, and the task's JSON file, are now, if not
-    where they were. dtype: another than the run's. InputError.
+    where they were. dtype: another than the run's. Raises InputError.
     """
     import lora
     from beyond.load import load_model
@@ -532,7 +535,10 @@ def plain(key):
 
 
 def read_run(folder):
-    """results.json of a finished run of Table 3, its fields checked. InputError."""
+    """results.json of a finished run of Table 3, its fields checked.
+
+    Raises InputError.
+    """
     results = read_json(pathlib.Path(folder) / "results.json")
     check(results, folder)
     if results["config"]["table"] != 3 or results["config"]["prompt_only"]:

@@ -34,9 +34,10 @@ KINDS = {"files": list, "attributes": dict, "sensitive": list, "label": list,
 
 
 def load(path=None, data=None):
-    """`begin` a JSON file's task, or Adult -> its people, adult.Adult. InputError.
+    """`begin` a JSON file's task, or Adult -> its people, adult.Adult.
 
-    data: where its CSV files are, if not beside it; for Adult see people.load.
+    data: where its CSV files are, if not beside it; for Adult see people.load. Raises
+    InputError.
     """
     task = begin(path)
     if task is None:
@@ -55,7 +56,7 @@ def load(path=None, data=None):
 def begin(path):
     """Make a JSON file's task this process's (None: Adult) -> its description.
 
-    InputError.
+    Raises InputError.
     """
     if path is None:
         return restore()
@@ -65,7 +66,7 @@ def begin(path):
 
 
 def of_run(results, path=None):
-    """`begin` a finished run's task; path: where its file is now. InputError."""
+    """`begin` a finished run's task; path: where its file is now. Raises InputError."""
     path = path or results["config"].get("task")
     task, digests = begin(path), results["data"]["sha256"].values()
     if path is not None and people.sha256_of(path) not in digests:
@@ -81,7 +82,7 @@ def restore():
 
 
 def description(path):
-    """The JSON file, its fields checked. InputError."""
+    """The JSON file, its fields checked. Raises InputError."""
     try:
         task = json.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
@@ -150,7 +151,7 @@ def read(path, task, labelled=True):
 
 
 def person(row, header, task, labelled):
-    """One row of a CSV file -> Person. InputError."""
+    """One row of a CSV file -> Person. Raises InputError."""
     if len(row) != len(header):
         raise InputError("it has more or fewer cells than the header.")
     cells = dict(zip(header, row))
@@ -163,7 +164,7 @@ def person(row, header, task, labelled):
 
 
 def one_of_two(word, column, first, second):
-    """0 for the first, 1 for the second. InputError."""
+    """0 for the first, 1 for the second. Raises InputError."""
     if word not in (first, second):
         raise InputError(f"{column} is {word!r}; a task has two values, {first} and "
                          f"{second}: leave out rows that have others.")

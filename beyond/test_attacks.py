@@ -647,7 +647,7 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
         ablation.run(args)
     config, data = jobs[0][0], adult.load(adult.TINY)
     assert config["test_rows"] == train.enough(data.test, .5, 1000)
-    assert (config["game"], config["rows"], config["bpc"]) == (train.RATES, 200, .5)
+    assert (config["game"], config["rows"], config["bpc"]) == (train.DEFAULTS, 200, .5)
     first = [(name, 5) for name in ablation.VARIANTS]
     second = [("noise", seed) for seed in (1, 2)]
     assert [(name, seed) for _, name, seed in jobs] == first + second

@@ -274,7 +274,7 @@ def test_a_row_is_trained_as_its_name_says_and_no_other_way(job):
     assert game["seed"] == 3 and len(steps) == 6, "three rounds of two batches"
     twins = [adult.flipped(person) for person in people.train]
     assert game["people"] == people.train + twins * both
-    wanted = {**train.RATES, "rounds": 3, "phi_steps": 2, "prompt_length": 12,
+    wanted = {**train.DEFAULTS, "rounds": 3, "phi_steps": 2, "prompt_length": 12,
               "lam": lam, "batch_size": batch}
     options = faircon.Options(**wanted)
     if issubclass(kind, RobustGame):
@@ -532,16 +532,16 @@ class Stop(Exception):
 
 
 FLAGS = {  # what the user says: the run's folder, its jobs, how many at once, the game
-    "": ("default", USUAL, 5, train.RATES),
+    "": ("default", USUAL, 5, train.DEFAULTS),
     "--paper": ("paper", USUAL, 5, {}),
     "--paper --lr 1 --jobs 2": ("paper", USUAL, 2, {"lr": 1.}),
     "--rounds 7 --models robust cda": (
-        "default", ["cda", "robust"], 2, {**train.RATES, "rounds": 7}),
+        "default", ["cda", "robust"], 2, {**train.DEFAULTS, "rounds": 7}),
     "--lam 2 --tau 0.5 --name x": (
-        "x", USUAL, 5, {**train.RATES, "lam": 2., "tau": .5}),
-    "--table 1": ("table1", ["table1"], 1, train.RATES),
-    "--table 2": ("table2", ["table2"], 1, train.RATES),
-    "--prompt-only": ("prompt_only", ["prompts"], 1, train.RATES)}
+        "x", USUAL, 5, {**train.DEFAULTS, "lam": 2., "tau": .5}),
+    "--table 1": ("table1", ["table1"], 1, train.DEFAULTS),
+    "--table 2": ("table2", ["table2"], 1, train.DEFAULTS),
+    "--prompt-only": ("prompt_only", ["prompts"], 1, train.DEFAULTS)}
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -604,7 +604,7 @@ def never(home):
 @pytest.fixture(scope="session")
 def interrupted(home):
     """TWO, stopped by Ctrl-C in faircon's third round -> its folder."""
-    half = faircon.Game.theta_half
+    half = faircon.Game.theta_turn
 
     def stop(game):
         if game.done == 2 and game.adversary:
@@ -612,7 +612,7 @@ def interrupted(home):
         return half(game)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faircon.Game, "theta_half", stop)
+        patch.setattr(faircon.Game, "theta_turn", stop)
         with pytest.raises(SystemExit, match="--resume NAME goes on"):
             command(home, [*TWO, "--name", "cut"])
     return home / "runs/cut"
@@ -621,8 +621,8 @@ def interrupted(home):
 def test_resume_ends_as_if_never_interrupted(interrupted, never, here, monkeypatch):
     """With the flags of its beginning, no round twice; stopped once more on the way."""
     shutil.copytree(interrupted, "runs/cut")
-    played, half = [], faircon.Game.theta_half
-    monkeypatch.setattr(faircon.Game, "theta_half",
+    played, half = [], faircon.Game.theta_turn
+    monkeypatch.setattr(faircon.Game, "theta_turn",
                         lambda game: played.append(game.done) or half(game))
 
     def stop(*_):
@@ -1285,7 +1285,7 @@ EXERCISES = {  # what a lesson ends in: the line to change, and what it becomes
     "swa": ("start=0", "start=200", "start=0"),
     "lora": ("LoRA on k_proj too (TARGETS)", '("q_proj", "v_proj")',
              '("q_proj", "k_proj", "v_proj")'),
-    "faircon": ("lam = 0.1 in `lesson`", "(0., 1.)", "(0., .1)"),
+    "faircon": ("lam = 0.1 in `lesson`", '(1., "Eq. (3)")', '(.1, "Eq. (3)")'),
     "beyond.robust": ("longest=20", "longest=200", "longest=20"),
     "beyond.quantise": ("group=8 in `lesson`", "bits, group=32)\n        error",
                         "bits, group=8)\n        error")}

@@ -198,8 +198,8 @@ def test_another_task_runs_through_train_attacks_and_ablation(hiring, monkeypatc
     arguments = [*moved, *small, "--only", "no-steps", "robust", "--shots", "4",
                  "--jobs", "1"]
     args = ablation.parser().parse_args(arguments)
-    monkeypatch.setattr(train, "RATES", {**train.RATES, "rounds": 1, "phi_steps": 1,
-                                         "longest": 40})
+    monkeypatch.setattr(train, "DEFAULTS", {**train.DEFAULTS, "rounds": 1,
+                                            "phi_steps": 1, "longest": 40})
     args.argv = arguments
     ablation.run(args)
     rows = results_of("runs/ablation")["rows"]
