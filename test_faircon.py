@@ -69,7 +69,7 @@ def loaded():
 
 @pytest.fixture()
 def model(loaded):
-    """The embedded model, without adapters before and after."""
+    """The bundled model, without adapters before and after."""
     lora.remove(loaded.model)
     yield loaded
     lora.remove(loaded.model)
@@ -308,7 +308,7 @@ FAMILIES = {
 
 
 def tokenizer_with(change):
-    """The embedded tokenizer, its description changed."""
+    """The bundled tokenizer, its description changed."""
     from tokenizers import Tokenizer
     path = adult.TINY / "tokenizer.json"
     described = json.loads(path.read_text("utf-8"))

@@ -27,9 +27,10 @@ counterfactual data augmentation) a batch is twice as large, so that all take eq
 many steps. The rows with shots are RobustGame's (beyond/robust.py): there phi has
 another rate, and with an adversary theta two prompts a step. lam is .3 for `following`.
 
-    a job               one model of one seed, in a process of its own: train_model
-    the way of a number run, train_model, play_game, Game.play, swa.apply, measure_all,
-                        metrics.evaluate; then report.show
+A job is one model of one seed (train_model), in a process of its own. A number's way:
+run, train_model, play_game, Game.play, swa.apply, measure_all, metrics.evaluate; then
+report.show.
+
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
@@ -75,10 +76,10 @@ MODELS = {
     "fine-tuned": Recipe("fine-tuned", Game),
     "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
-    "distance": Recipe("distance without a prompt", Game, fair=True),
+    "distance": Recipe("distance, no adversary", Game, fair=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
-    "shots": Recipe("biased shots plus distance", RobustGame, fair=True),
+    "shots": Recipe("distance with biased shots", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
     "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True),
     # At lam = 1 the shortest way to close the gap is not to read the shots.
@@ -300,9 +301,12 @@ def answers_of(model, key, people, **given):
     if key == "always-0":
         return numpy.zeros((len(people), 2))
     p = model.predict(model.questions(people, attributes_of(key)), **given)
-    if key == "averaged":
-        return p.mean(1, keepdims=True).repeat(2, 1)
-    return p
+    return averaged(p) if key == "averaged" else p
+
+
+def averaged(p):
+    """Both twins get the mean of their two answers, (N, 2)."""
+    return p.mean(1, keepdims=True).repeat(2, 1)
 
 
 def measure_all(model, people, data, config, key, seed, place):
@@ -310,6 +314,7 @@ def measure_all(model, people, data, config, key, seed, place):
     p = answers_of(model, key, people.test)                              # (N, 2)
     runs.write_people(place / "people.csv", people.test, p)
     row = evaluate(p, people.test)
+    row["averaged"] = evaluate(averaged(p), people.test)
     biased = answers_of(model, key, people.test_bpc)
     row["acc_bpc"] = evaluate(biased, people.test_bpc)["acc"]
     row["shots"] = gap_given_shots(model, people, data, config, key, seed)

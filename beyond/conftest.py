@@ -23,7 +23,7 @@ SMALL = ("--data", "data", "--rows", "16", "--test-rows", "16", "--shots", "4",
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """data/, the first rows of both files, and model/, the embedded model."""
+    """data/, the first rows of both files, and model/, the bundled model."""
     home = tmp_path_factory.mktemp("home")
     (home / "data").mkdir()
     for name in people.SHA256:

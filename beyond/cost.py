@@ -6,7 +6,7 @@
                      whole texts, prompt and all, logits at every position
     matrix rate      GFLOP/s of a 1024 x 1024 matrix product: what the hardware gives
 
-    python -m beyond.cost                                       # the embedded model
+    python -m beyond.cost                                       # the bundled model
     python -m beyond.cost --model smollm2 --prompt-length 100 --shots 4
 """
 import multiprocessing

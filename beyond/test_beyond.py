@@ -238,6 +238,8 @@ def test_every_number_of_a_row_is_of_the_people_it_names(job, home):
             shots = adult.INSTRUCTION + "".join(map(adult.shot, call.gave))
             own = answers(key, calls, people.test, shots)
             means[label] = numpy.mean([own[i, x.s] for i, x in enumerate(people.test)])
+    wanted["averaged"] = numbers(people.test, p.mean(1, keepdims=True).repeat(2, 1))
+    assert wanted["averaged"]["gap"] == 0
     wanted["shots"] = max(gaps[1], gaps[-1])
     assert wanted.items() <= row.items()
     assert row["follows"] == pytest.approx(means[1] - means[0], abs=1e-12)
@@ -1049,7 +1051,7 @@ SIZES = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2,
 
 
 def random_model(kind, directory, **more):
-    """A model with random weights and the embedded tokenizer, saved -> directory."""
+    """A model with random weights and the bundled tokenizer, saved -> directory."""
     torch.manual_seed(0)
     family = re.sub("For.*|LMHead.*", "", kind)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **more})
@@ -1255,6 +1257,7 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
     report.main(["table", "made"])
     ours = capsys.readouterr().out.partition("\nrobust\n")[2]
     wanted = {"gap": row["gap"], "without SWA, gap": row["without_swa"]["gap"],
+              "twins averaged, acc": row["averaged"]["acc"],
               "worst gap, attacks": .1, "lowest ACC, attacks": .5}
     for name, value in wanted.items():
         each = re.escape(report.decimals(value, 4))

@@ -1,4 +1,4 @@
-"""The embedded model: a GPT-Neo of one million parameters that learns in context.
+"""The bundled model: a GPT-Neo of one million parameters that learns in context.
 
     python tiny/pretrain.py [--data DIR] [--out tiny]
 
