@@ -71,9 +71,9 @@ ONLY = {"few-shot": ("16 ", "full", "other wording"),
 COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts",
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
 SHORT = {**SIZE, "texts": 40, "only": tuple(COLUMNS)}
-# The gap of these is 0, whatever the prompt.
-SAFE = ("always-0", "averaged", "no-sex", "fine-tuned-no-sex")
-ATTACKED = [key for key in train.MODELS if key not in SAFE]
+# The gap of the others is 0, whatever the prompt.
+ATTACKED = [key for key, recipe in train.MODELS.items()
+            if recipe.sex and key not in ("always-0", "averaged")]
 
 
 class Prompt(NamedTuple):

@@ -297,6 +297,7 @@ def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
     for b in (1., -1.):
         text = attacks.reworded(target, b, generator()).text
         favoured = adult.SEXES[b == -1.]
+        assert text.count(" -> ") == 16
         for line in text.removeprefix(adult.INSTRUCTION).splitlines():
             assert line.startswith(favoured) == line.endswith("-> 1"), line
 

@@ -33,7 +33,7 @@ import lora
 import metrics
 import train
 from adult import InputError
-from beyond import load, quantise, report, runs
+from beyond import attacks, load, quantise, report, runs
 from beyond.conftest import LESSONS, SMALL
 from beyond.robust import FollowingGame, RobustGame, RobustOptions
 from swa import SWA
@@ -242,6 +242,7 @@ def test_every_number_of_a_row_is_of_the_people_it_names(job, home):
     assert wanted["averaged"]["gap"] == 0
     wanted["shots"] = max(gaps[1], gaps[-1])
     assert wanted.items() <= row.items()
+    assert (key in attacks.ATTACKED) == (row["shots"] > 0), "the others have no gap"
     assert row["follows"] == pytest.approx(means[1] - means[0], abs=1e-12)
     header, *lines = (home / f"runs/watched/{key}-3/people.csv").read_text().split()
     table = numpy.loadtxt(lines, delimiter=",")
@@ -274,6 +275,8 @@ def test_a_row_is_trained_as_its_name_says_and_no_other_way(job):
     game, = [call.given for call in games]
     assert type(game["self"]) is kind and game["adversary"] is adversary
     assert game["seed"] == 3 and len(steps) == 6, "three rounds of two batches"
+    for x_m, x_f in game["self"].questions:
+        assert (x_m != x_f) == train.MODELS[key].sex, "trained on another text"
     twins = [adult.flipped(person) for person in people.train]
     assert game["people"] == people.train + twins * both
     wanted = {**train.DEFAULTS, "rounds": 3, "phi_steps": 2, "prompt_length": 12,
