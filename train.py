@@ -284,7 +284,10 @@ def play_game(model, people, config, key, seed, place):
 
 def line(record, rounds):
     """A round in a line; ACC and gap are those of validation rows, without a prompt."""
-    text = f"round {record['round']:>2}/{rounds} task {record['task']:.3f}"
+    text = f"round {record['round']:>2}/{rounds}"
+    if record.get("phi"):
+        text += " phi {:.3f} -> {:.3f}".format(*record["phi"])
+    text += f" task {record['task']:.3f}"
     if "distance" in record:
         text += f" distance {record['distance']:.3f}"
     return text + f", ACC {record['acc']:.2f} gap {record['gap']:.3f}"
@@ -388,8 +391,10 @@ def prompt_rows(config, key, seed, folder):
     generator = torch.Generator().manual_seed(seed)
     length = (options.prompt_length,)
     drawn = torch.randint(len(model.usable), length, generator=generator)
+    no_steps = dataclasses.replace(options, phi_steps=0)
     prompts = {"no prompt": faircon.NO_PROMPT,
                "a random prompt": [model.usable[i] for i in drawn],
+               "the best of 15 random ones": fair_prompt(model, people, no_steps, seed),
                "fair prompt, Eq. (4)": fair_prompt(model, people, options, seed)}
     rows = []
     for title, g in prompts.items():
@@ -464,8 +469,9 @@ def prepare(args):
         lengths.append(options["robust"].prompt_length)
         if not args.prompt_only:
             lengths += [getattr(options[key], "longest", 0) for key in config["models"]]
+    longest = sorted(data.train + data.test, key=lambda x: len(adult.question(x)))[-20:]
     for prefix in (model.prefix(context=shots), model.prefix([0] * max(lengths))):
-        model.check_length(len(prefix), model.questions(people.test[:20]))
+        model.check_length(len(prefix), model.questions(longest))
     show_untrained(model, people.validation)
     lora.inject(model.model, options["robust"].rank)
     say(f"theta   LoRA on {len(lora.adapters(model.model))} projections, "

@@ -21,6 +21,13 @@ from beyond.robust import RobustGame
 
 # ------------------------------------------------------------------ the variants
 
+class TwoShots(RobustGame):
+    """Biased shots twice, where robust FairCon has a prompt of phi's as the second."""
+
+    def prompts(self):
+        return [self.biased_shots(), self.biased_shots()]
+
+
 class AdversaryOnly(RobustGame):
     """No biased shots."""
 
@@ -48,6 +55,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "robust": Variant("robust FairCon"),
     "no-steps": Variant("phi takes no step", options={"phi_steps": 0}),
+    "two-shots": Variant("biased shots twice, no phi", TwoShots, {"phi_steps": 0}),
     "adversary": Variant("the adversary only, no shots", AdversaryOnly),
     "noise": Variant("the adversary only, no step", AdversaryOnly, {"phi_steps": 0}),
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0})}

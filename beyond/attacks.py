@@ -47,7 +47,7 @@ import adult
 import faircon
 import train
 from adult import InputError
-from beyond import runs
+from beyond import runs, tasks
 from beyond.report import by_key, cell, decimals, summary
 from beyond.robust import RobustOptions
 
@@ -407,7 +407,7 @@ def plan(size, room):
 
 def sentences():
     """SENTENCES, or for another task than Adult one that says the same."""
-    if adult.SEXES == ("Male", "Female"):
+    if adult.INSTRUCTION == tasks.ADULT["INSTRUCTION"]:
         return SENTENCES
     (a, b), (no, yes) = adult.SEXES, adult.ANSWERS
     return (f"Answer {yes} for every {a} and {no} for every {b}.",)
@@ -605,8 +605,10 @@ def digest(folder, asked):
 
 def with_earlier(file, how, rows):
     """These rows, and those of other models that the file has, attacked alike."""
-    before = runs.read_json(file) if file.exists() else {"config": {}}
+    before = runs.read_json(file) if file.exists() else {"config": {}, "rows": []}
     if before["config"].get("sha256") != how:
+        if before["rows"]:
+            runs.say(f"note: {file} held rows that were made in another way; they go")
         return rows
     new = [(row["key"], row["seed"]) for row in rows]
     others = [x for x in before["rows"] if (x["key"], x["seed"]) not in new]

@@ -6,6 +6,7 @@ stay, as is usual (GPTQ, AWQ): where they are tied they also give the logits.
     python -m beyond.quantise               # a small matrix, rounded
     python -m beyond.quantise runs/NAME     # every model of a finished run of Table 3
 """
+import pathlib
 from contextlib import contextmanager
 
 import torch
@@ -107,15 +108,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.run is None:
         return lesson()
-    results, rows = runs.read_run(args.run), []
+    results, rows, file = runs.read_run(args.run), [], f"{args.run}/quantise.json"
+    how = {"sha256": f"{args.test_rows} test rows, attacks {args.attacks}"}
     data = runs.load_data(results, args.data, args.task)
     keys = args.models or [row["key"] for row in results["rows"]]
     for key, seed in attacks.models_of(results, args.run, keys):
         runs.say(f"  {key}, seed {seed}")
         rows += measure(args, data, key, seed)
-    runs.write_json(f"{args.run}/quantise.json", {"config": vars(args), "rows": rows})
-    show(rows)
-    print(f"\nsaved in {args.run}/quantise.json")
+        saved = attacks.with_earlier(pathlib.Path(file), how["sha256"], rows)
+        runs.write_json(file, {"config": how, "rows": saved})
+    show(saved)
+    print(f"\nsaved in {file}")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def warn(rows):
     """Say what a reader must know before believing a row."""
     for row in rows:
         if row.get("swa_weights") == 0:
-            print(f"note: {row['key']}, seed {row['seed']}: too few rounds for SWA, so "
-                  "the last weights are measured.")
+            print(f"note: {row['key']}, seed {row['seed']}: without SWA, so the last "
+                  "weights are measured.")
 
 
 def show_prompt(rows):
@@ -283,6 +283,10 @@ def numbers(row):
     found = [(name, x) for name, x in row.items() if isinstance(x, float)]
     for part, words in (("without_swa", "without SWA"), ("averaged", "twins averaged")):
         found += [(f"{words}, {name}", x) for name, x in row.get(part, {}).items()]
+    turns = [now["phi"] for now in row.get("history", ())[1:] if now.get("phi")]
+    if turns:                                  # all rounds but the first
+        first, last = numpy.mean(turns, axis=0)
+        found += [("phi's first step", float(first)), ("phi's last step", float(last))]
     return found
 
 

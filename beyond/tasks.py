@@ -1,6 +1,6 @@
 """NOT IN THE PAPER: a data set other than Adult, described by a JSON file.
 
-    python train.py --task beyond/hiring.json --rows 80 --shots 4    # SYNTHETIC rows
+    python train.py --task beyond/hiring.json --rows 80 --shots 4 --longest 500
 
     {"files": ["hiring.csv"],                  one (a random half is the test), or two:
                                                training rows, test rows
@@ -106,6 +106,9 @@ def description(path):
         raise InputError(f"{path}: attributes are {{name in the text: column}}.")
     if len(set(task["attributes"].values())) < len(task["attributes"]):
         raise InputError(f"{path}: two attributes are of the same column.")
+    if task["label"][0] in task["attributes"].values():
+        raise InputError(f"{path}: the label's column {task['label'][0]} is among the "
+                         "attributes: the question would hold its answer.")
     if pathlib.Path(path).name in task["files"]:
         raise InputError(f"{path} is not one of its own files.")
     for name in ("sensitive", "label"):

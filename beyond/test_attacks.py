@@ -580,7 +580,8 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
 
 
 def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
-    changes = dict.fromkeys(("no-steps", "noise", "one-sample"), {"phi_steps": 0})
+    without = ("no-steps", "two-shots", "noise", "one-sample")
+    changes = dict.fromkeys(without, {"phi_steps": 0})
     for name, seen in variants.items():
         expected = vars(train.options_of(CONFIG, "robust")) | changes.get(name, {})
         assert vars(seen.game.options) == expected, name
@@ -588,7 +589,7 @@ def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
 
 def test_variants_meet_the_prompts_that_their_title_says(variants):
     """Two batches a round; a sample of phi and shots for each, or some of that."""
-    for name in ("robust", "no-steps"):
+    for name in ("robust", "no-steps", "two-shots"):
         for prompts in variants[name].prompts:
             assert len(prompts) == 4, name
     for name in ("adversary", "noise"):
@@ -602,7 +603,7 @@ def test_phi_begins_anew_at_a_length_of_its_own_each_round(variants):
     for name, seen in variants.items():
         assert len(seen.starts) == 3, name
         for prompts, length in zip(seen.prompts, seen.starts[1:]):
-            assert len(prompts[0]) == length, name
+            assert (len(prompts[0]) == length) == (name != "two-shots"), name
 
 
 def test_a_variant_does_not_depend_on_what_ran_before_it(variants, monkeypatch):
