@@ -14,6 +14,8 @@
     cda                 the task, both twins           no prompt
     distance            task + lam * distance          no prompt
     faircon             Eq. (3)                        the adversary's prompt
+    fresh               Eq. (3)                        the adversary's: phi begins
+                                                       anew in each round
     fine-tuned-shots    the task                       biased shots
     shots               task + lam * distance          biased shots
     cda-shots           the task, both twins           biased shots
@@ -24,8 +26,9 @@
 
 All rows share people, seeds, rounds and theta's rate; with both twins (CDA,
 counterfactual data augmentation) a batch is twice as large, so that all take equally
-many steps. The rows with shots are RobustGame's (beyond/robust.py): there phi has
-another rate, and with an adversary theta two prompts a step. lam is .3 for `following`.
+many steps. `fresh` and the rows with shots are in beyond/robust.py: there phi has
+another rate, and with an adversary and shots theta two prompts a step. lam is .3 for
+`following`.
 
 A job is one model of one seed (train_model), in a process of its own. A number's way:
 run, train_model, play_game, Game.play, swa.apply, measure_all, metrics.evaluate; then
@@ -52,7 +55,7 @@ import lora
 from adult import InputError
 from beyond import report, runs, tasks
 from beyond.load import load_model
-from beyond.robust import FollowingGame, RobustGame, RobustOptions
+from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
 from beyond.runs import say
 from faircon import Game, Options, evaluate
 
@@ -78,6 +81,7 @@ MODELS = {
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "distance": Recipe("distance, no adversary", Game, fair=True),
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
+    "fresh": Recipe("FairCon, phi begins anew", FreshGame, adversary=True, fair=True),
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
     "shots": Recipe("distance with biased shots", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
@@ -86,7 +90,7 @@ MODELS = {
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
                         fair=True, options={"lam": .3})}
 # Asked for by name, or by "all".
-EXTRA = ("fine-tuned-no-sex", "distance", "fine-tuned-shots", "following")
+EXTRA = ("fine-tuned-no-sex", "distance", "fresh", "fine-tuned-shots", "following")
 # Where the default command departs from the released rates, for every row alike. (With
 # dropout the twins' texts have different masks, a distance that is not theirs.)
 DEFAULTS = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
@@ -190,8 +194,8 @@ def given_options(args):
 def options_of(config, key):
     """One model's options. InputError for a value outside its range."""
     recipe = MODELS[key]
-    robust = recipe.game and issubclass(recipe.game, RobustGame)
-    kind = RobustOptions if robust else Options
+    fresh = recipe.game and issubclass(recipe.game, FreshGame)
+    kind = RobustOptions if fresh else Options
     names = [f.name for f in dataclasses.fields(kind)]
     given = {**recipe.options, **config["game"]}
     options = kind(**{name: x for name, x in given.items() if name in names})

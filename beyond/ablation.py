@@ -16,7 +16,7 @@ import faircon
 import lora
 import train
 from beyond import attacks, report, runs
-from beyond.robust import RobustGame
+from beyond.robust import FreshGame, RobustGame
 
 
 # ------------------------------------------------------------------ the variants
@@ -28,14 +28,7 @@ class TwoShots(RobustGame):
         return [self.biased_shots(), self.biased_shots()]
 
 
-class AdversaryOnly(RobustGame):
-    """No biased shots."""
-
-    def prompts(self):
-        return faircon.Game.prompts(self)
-
-
-class OneSample(AdversaryOnly):
+class OneSample(FreshGame):
     """One sample of the adversary for all of theta's steps of a round."""
 
     def start_phi(self):
@@ -56,8 +49,8 @@ VARIANTS = {
     "robust": Variant("robust FairCon"),
     "no-steps": Variant("phi takes no step", options={"phi_steps": 0}),
     "two-shots": Variant("biased shots twice, no phi", TwoShots, {"phi_steps": 0}),
-    "adversary": Variant("the adversary only, no shots", AdversaryOnly),
-    "noise": Variant("the adversary only, no step", AdversaryOnly, {"phi_steps": 0}),
+    "adversary": Variant("the adversary only, no shots", FreshGame),
+    "noise": Variant("the adversary only, no step", FreshGame, {"phi_steps": 0}),
     "one-sample": Variant("the same, one sample a round", OneSample, {"phi_steps": 0})}
 # Compared, as each is with robust. One sample a round lacks the diversity of noise;
 # phi's steps give a direction, and samples that mostly agree.

@@ -317,8 +317,10 @@ def draw(args):
     PICTURES[args.what](args, axes)
     if not axes.texts and not any(len(line.get_xdata()) for line in axes.lines):
         raise InputError(f"{args.run} has no such row: there is nothing to draw.")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    entries = len(axes.get_legend_handles_labels()[0])
+    if entries:
+        beside = {"loc": "center left", "bbox_to_anchor": (1, .5)}
+        axes.legend(fontsize=8, **(beside if entries > 6 else {}))
     figure.tight_layout()
     out = args.out or (args.run or pathlib.Path()) / f"{args.what}.png"
     try:

@@ -1,16 +1,17 @@
 """NOT IN THE PAPER: the game as we changed it, all of it in this file.
 
-    the paper, faircon.Game                  here, RobustGame
-    phi goes on over the rounds              phi begins anew in each round
+    the paper, faircon.Game                  here
+    phi goes on over the rounds              FreshGame: phi begins anew in each round
     phi's rate is .1                         3: phi has one round only to climb
     10 tokens                                any number of tokens, up to `longest`
-    theta meets a sample of the adversary    that, and labelled people at b_Pc = 1 or -1
+    theta meets a sample of the adversary    RobustGame: that, and biased shots
+                                             (labelled people at b_Pc = 1 or -1)
 
-Labelled people stand in front of a question when a model is used few-shot (section 2),
-and ten tokens that an adversary found do not look like them. RobustGame's theta learns
-to ignore them. FollowingGame's theta learns to be fair and still to read them. (Over
-ten seeds phi's steps made no difference to RobustGame, its fresh tokens did as well:
-beyond/RESULTS.md.)
+A phi that goes on hardly climbs after the first round: theta has learned its prompts.
+One that begins anew does, and its tokens protect from prompts that training never saw
+(beyond/RESULTS.md). Labelled people stand in front of a question when a model is used
+few-shot (section 2); RobustGame's theta learns to ignore them, FollowingGame's to be
+fair and still to read them.
 
     python -m beyond.robust     # the paper's game and RobustGame on forty people
 """
@@ -30,19 +31,14 @@ from faircon import option
 class RobustOptions(faircon.Options):
     """faircon.Options with another rate for phi, and the longest prompt."""
     phi_lr: float = option(3., 1e-30, 1e9, "Adam's rate for phi")
-    longest: int = option(560, 1, 10 ** 6, "tokens of RobustGame's prompts, at most")
+    longest: int = option(560, 1, 10 ** 6, "tokens of FreshGame's prompts, at most")
 
 
-class RobustGame(faircon.Game):
-    """faircon.Game with two methods overridden."""
+class FreshGame(faircon.Game):
+    """phi begins anew in each round, since theta has moved, at a length of its own."""
 
     def start_phi(self):
-        """phi begins anew, since theta has moved, at a length of its own."""
         self.adversary.start(self.adversary.initial_phi(self.some_length()))
-
-    def prompts(self):
-        """A sample of the adversary, if there is one, and biased shots."""
-        return super().prompts() + [self.biased_shots()]
 
     def some_length(self):
         """1 to `longest`: half the time uniform, half log-uniform."""
@@ -50,6 +46,14 @@ class RobustGame(faircon.Game):
         if self.rng.random() < .5:
             return int(self.rng.integers(1, longest + 1))
         return round(longest ** self.rng.random())
+
+
+class RobustGame(FreshGame):
+    """FreshGame whose theta also meets biased shots."""
+
+    def prompts(self):
+        """A sample of the adversary, if there is one, and biased shots."""
+        return super().prompts() + [self.biased_shots()]
 
     def biased_shots(self):
         """Labelled training rows at b_Pc = 1 or -1, as token ids.

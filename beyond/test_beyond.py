@@ -35,7 +35,7 @@ import train
 from adult import InputError
 from beyond import attacks, load, quantise, report, runs
 from beyond.conftest import LESSONS, SMALL
-from beyond.robust import FollowingGame, RobustGame, RobustOptions
+from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
 from swa import SWA
 
 HERE = adult.TINY.parent
@@ -259,6 +259,7 @@ HOW = {  # the game, an adversary, lam, people in a batch, both twins
     "robust": (RobustGame, True, .5, 8, False),
     "distance": (faircon.Game, False, .5, 8, False),
     "fine-tuned-no-sex": (faircon.Game, False, 0., 8, False),
+    "fresh": (FreshGame, True, .5, 8, False),
     "fine-tuned-shots": (RobustGame, False, 0., 8, False),
     "following": (FollowingGame, True, .5, 8, False)}
 
@@ -282,7 +283,7 @@ def test_a_row_is_trained_as_its_name_says_and_no_other_way(job):
     wanted = {**train.DEFAULTS, "rounds": 3, "phi_steps": 2, "prompt_length": 12,
               "lam": lam, "batch_size": batch}
     options = faircon.Options(**wanted)
-    if issubclass(kind, RobustGame):
+    if issubclass(kind, FreshGame):
         options = RobustOptions(**wanted, longest=100)
     assert game["options"] == options and row["options"] == dataclasses.asdict(options)
     signs = [call.given["sign"] for call in named(calls, "step")]
@@ -594,7 +595,7 @@ def test_enough_is_the_most_that_can_be_drawn():
 def test_paper_has_the_papers_options_in_every_row(key):
     """And a row's options are its own: what one row changes, no other has."""
     kind, _, lam, _, both = HOW[key]
-    kind = RobustOptions if issubclass(kind, RobustGame) else faircon.Options
+    kind = RobustOptions if issubclass(kind, FreshGame) else faircon.Options
     lam = .3 if key == "following" else lam and 1.
     config = {"game": train.given_options(train.parser().parse_args(["--paper"]))}
     one, other = train.options_of(config, key), train.options_of(config, key)
