@@ -288,10 +288,7 @@ def play_game(model, people, config, key, seed, place):
 
 def line(record, rounds):
     """A round in a line; ACC and gap are those of validation rows, without a prompt."""
-    text = f"round {record['round']:>2}/{rounds}"
-    if record.get("phi"):
-        text += " phi {:.3f} -> {:.3f}".format(*record["phi"])
-    text += f" task {record['task']:.3f}"
+    text = f"round {record['round']:>2}/{rounds} task {record['task']:.3f}"
     if "distance" in record:
         text += f" distance {record['distance']:.3f}"
     return text + f", ACC {record['acc']:.2f} gap {record['gap']:.3f}"
