@@ -267,7 +267,10 @@ class Game:
     # ---- what RobustGame changes
 
     def start_phi(self):
-        """Before phi's turn. Nothing: phi goes on where the last round left it."""
+        """Before phi's turn. Nothing: phi goes on where the last round left it.
+
+        After round 1 it hardly climbs any more; see FreshGame in beyond/robust.py.
+        """
 
     def prompts(self):
         """What stands in front in one step of theta: a sample of the adversary."""

@@ -111,11 +111,11 @@ def show_differences(rows, columns):
     pairs = [(key, "robust") for key in VARIANTS if key != "robust"] + PAIRS
     pairs = [(a, b) for a, b in pairs if a in groups and b in groups]
     if pairs:
-        print("\n" + " " * 28 + "".join(f"{name:>19}" for name in columns))
+        print("\n" + " " * 28 + "".join(f"{name:>20}" for name in columns))
     for a, b in pairs:
         text = f"{a} - {b}".ljust(28)
         for name in columns:
-            text += f"{difference(groups[a], groups[b], COLUMNS[name]):>19}"
+            text += f"{difference(groups[a], groups[b], COLUMNS[name]):>20}"
         print(text)
 
 

@@ -228,8 +228,10 @@ def compare(args, axes):
     for key, rows in rows_of(args).items():
         some = [row for row in rows if (key, row["seed"]) in worst]
         if some:
-            axes.plot([worst[key, row["seed"]] for row in some],
-                      [row["acc"] for row in some], "o", label=train.MODELS[key].title)
+            x = [worst[key, row["seed"]] for row in some]
+            marker = "o" if len(axes.lines) < 10 else "s"        # there are ten colours
+            axes.plot(x, [row["acc"] for row in some], marker,
+                      label=train.MODELS[key].title)
     axes.set(xscale="log", xlabel="worst gap that an attack found",
              ylabel="accuracy, balanced test rows")
 
