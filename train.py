@@ -465,14 +465,7 @@ def prepare(args):
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
-    lengths = [0]
-    if args.table == 3:
-        lengths.append(options["robust"].prompt_length)
-        if not args.prompt_only:
-            lengths += [getattr(options[key], "longest", 0) for key in config["models"]]
-    longest = sorted(data.train + data.test, key=lambda x: len(adult.question(x)))[-20:]
-    for prefix in (model.prefix(context=shots), model.prefix([0] * max(lengths))):
-        model.check_length(len(prefix), model.questions(longest))
+    check_lengths(args, model, data, shots, [options[key] for key in config["models"]])
     show_untrained(model, people.validation)
     lora.inject(model.model, options["robust"].rank)
     say(f"theta   LoRA on {len(lora.adapters(model.model))} projections, "
@@ -480,6 +473,18 @@ def prepare(args):
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
     return {"format": runs.FORMAT, "config": config, "data": data.sha256,
             "model": about, "versions": runs.versions()}, data
+
+
+def check_lengths(args, model, data, shots, options):
+    """InputError if shots, or the longest prompt, and a question exceed the context."""
+    lengths = [0]
+    if args.table == 3:
+        lengths += [o.prompt_length for o in options]
+        if not args.prompt_only:
+            lengths += [getattr(o, "longest", 0) for o in options]
+    longest = sorted(data.train + data.test, key=lambda x: len(adult.question(x)))[-20:]
+    for prefix in (model.prefix(context=shots), model.prefix([0] * max(lengths))):
+        model.check_length(len(prefix), model.questions(longest))
 
 
 def show_untrained(model, people):

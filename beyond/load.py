@@ -55,22 +55,15 @@ def load_model(name, dtype="auto", device="auto", chat=False):
     keep_memory()
     device = choose_device(device)
     place, gguf = find(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, **gguf)
-        refuse_config(name, config)
-        small = getattr(config, "hidden_size", SMALL) < SMALL
-        dtype, why = choose_dtype(dtype, device, small)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **gguf)
-        network, info = transformers.AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
-            attn_implementation=attention(device), **gguf)
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  a dozen kinds, one meaning to the user
-        said = " ".join(str(error).split())
-        raise InputError(f"{name} cannot be loaded as a causal language model with its "
-                         f"tokenizer ({type(error).__name__}: {said[:150]}); give a "
-                         "complete directory or a hub id.") from None
+    config = read(name, transformers.AutoConfig, place, **gguf)
+    refuse_config(name, config)
+    tokenizer = read(name, transformers.AutoTokenizer, place, **gguf)
+    small = getattr(config, "hidden_size", SMALL) < SMALL
+    dtype, why = choose_dtype(dtype, device, small)
+    network, info = read(
+        name, transformers.AutoModelForCausalLM, place, config=config, **gguf,
+        dtype=getattr(torch, dtype), output_loading_info=True,
+        attn_implementation=attention(device))
     broken = len(info["missing_keys"]) + len(info["mismatched_keys"])
     if broken:
         raise InputError(f"{name} lacks {broken} of its weights; it is not a whole "
@@ -90,6 +83,17 @@ def load_model(name, dtype="auto", device="auto", chat=False):
     model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
     model.why = why
     return model
+
+
+def read(name, kind, place, **given):
+    """What from_pretrained gives. Raises InputError, one for a dozen kinds of error."""
+    try:
+        return kind.from_pretrained(place, **given)
+    except Exception as error:  # noqa: BLE001  a dozen kinds, one meaning to the user
+        said = " ".join(str(error).split())
+        raise InputError(f"{name} cannot be loaded as a causal language model with its "
+                         f"tokenizer ({type(error).__name__}: {said[:150]}); give a "
+                         "complete directory or a hub id.") from None
 
 
 def find(name):

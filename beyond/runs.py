@@ -568,7 +568,7 @@ def main(argv=None):
         measure_again(argv)
 
 
-def measure_again(argv):
+def again_parser():
     parser = Parser(prog="beyond.runs", description="Measure the models of a finished "
                     "run again, on its own test rows. (`predict --help`: ask one about "
                     "other people.)")
@@ -580,7 +580,12 @@ def measure_again(argv):
     parser.add_argument("--models", nargs="+", metavar="KEY", help="only these")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="measure in another one than the run's, and print means")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def measure_again(argv):
+    """Measure a finished run's models. Raises InputError if a number is another."""
+    args = again_parser().parse_args(argv)
     import train
     from beyond import report
     results = read_run(args.run)
