@@ -7,9 +7,9 @@
     theta meets a sample of the adversary    RobustGame: that, and biased shots
                                              (labelled people at b_Pc = 1 or -1)
 
-A phi that goes on hardly climbs after the first round: theta has learned its prompts.
-One that begins anew does, and its tokens protect from prompts that training never saw
-(beyond/RESULTS.md). Labelled people stand in front of a question when a model is used
+A phi that goes on hardly climbs after the first round. (On one seed its tokens stayed
+nearly random at rate .1, and at 3 it stayed at one prompt.) One that begins anew does,
+and its tokens protect from prompts that training never saw (beyond/RESULTS.md). Labelled people stand in front of a question when a model is used
 few-shot (section 2); RobustGame's theta learns to ignore them, FollowingGame's to be
 fair and still to read them.
 
