@@ -9,9 +9,10 @@
 
 A phi that goes on hardly climbs after the first round. (On one seed its tokens stayed
 nearly random at rate .1, and at 3 it stayed at one prompt.) One that begins anew does,
-and its tokens protect from prompts that training never saw (beyond/RESULTS.md). Labelled people stand in front of a question when a model is used
-few-shot (section 2); RobustGame's theta learns to ignore them, FollowingGame's to be
-fair and still to read them.
+and its tokens protect from prompts that training never saw (beyond/RESULTS.md).
+Labelled people stand in front of a question when a model is used few-shot (section 2);
+RobustGame's theta learns to ignore them, FollowingGame's to be fair and still to read
+them.
 
     python -m beyond.robust     # the paper's game and RobustGame on forty people
 """
