@@ -604,11 +604,12 @@ def digest(folder, asked):
 
 
 def with_earlier(file, how, rows):
-    """These rows, and those of other models that the file has, attacked alike."""
-    before = runs.read_json(file) if file.exists() else {"config": {}, "rows": []}
-    if before["config"].get("sha256") != how:
-        if before["rows"]:
-            runs.say(f"note: {file} held rows that were made in another way; they go")
+    """These rows, and those of other models that the file has, made the same way."""
+    if not file.exists():
+        return rows
+    before = runs.read_json(file)
+    if before["config"].get("how") != how:
+        runs.say(f"note: {file} held rows that were made in another way; they go")
         return rows
     new = [(row["key"], row["seed"]) for row in rows]
     others = [x for x in before["rows"] if (x["key"], x["seed"]) not in new]
@@ -619,9 +620,13 @@ def run(args):
     folder = pathlib.Path(args.run)
     results = runs.read_run(folder)
     pairs = models_of(results, folder, args.models)
-    kinds = sorted(set(args.only or ())) or ["own"] * (size_of(args) != SIZE)
-    name = "-".join(["attacks", *kinds])
-    asked = {"size": size_of(args), "device": args.device, "versions": runs.versions()}
+    size = size_of(args)
+    name = "attacks"
+    if args.only:
+        name += "-" + "-".join(sorted(set(args.only)))
+    elif size != SIZE:
+        name += "-own"
+    asked = {"size": size, "device": args.device, "versions": runs.versions()}
     config = {**asked, "run": str(folder), "data": args.data,
               "task": args.task, "model_path": args.model_path}
     jobs = [(config, key, seed) for key, seed in pairs]
@@ -631,10 +636,9 @@ def run(args):
     how = digest(folder, asked)
     rows = runs.run_jobs(attack_model, jobs, workers, folder / name / how)
     file = folder / f"{name}.json"
-    everything = {**asked, "run": results["config"], "sha256": how}
-    everything = {"config": everything, "rows": with_earlier(file, how, rows)}
-    runs.write_json(file, everything)
-    show(rows, asked["size"])
+    runs.write_json(file, {"config": {**asked, "run": results["config"], "how": how},
+                           "rows": with_earlier(file, how, rows)})
+    show(rows, size)
     print(f"\nsaved in {file}, with every prompt")
 
 

@@ -21,6 +21,7 @@ FORMATS = {"float32": lambda W: W, "bf16": lambda W: W.bfloat16().float(),
 # --attacks: small, since each format of each model is attacked anew.
 ATTACKS = {**attacks.SIZE, "climb": 10, "texts": 10, "chosen_on": 16, "test_rows": 100,
            "only": ("16 ", "full", "climb", "random", '"')}
+TITLES = {"ACC": "acc", "gap": "gap", "given shots": "shots", "worst gap": "worst"}
 
 
 def rounded(W, bits, group=32):
@@ -68,9 +69,6 @@ def measure(args, data, key, seed):
         yield row
 
 
-TITLES = {"ACC": "acc", "gap": "gap", "given shots": "shots", "worst gap": "worst"}
-
-
 def show(rows):
     """Models down, formats across; mean and spread over seeds."""
     seeds, columns = len({row["seed"] for row in rows}), {name: {} for name in FORMATS}
@@ -108,15 +106,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.run is None:
         return lesson()
-    results, rows, file = runs.read_run(args.run), [], f"{args.run}/quantise.json"
-    how = {"sha256": f"{args.test_rows} test rows, attacks {args.attacks}"}
+    folder, rows = pathlib.Path(args.run), []
+    results, file = runs.read_run(folder), folder / "quantise.json"
+    asked = {"test_rows": args.test_rows, "attacks": args.attacks}
+    how = attacks.digest(folder, asked)
     data = runs.load_data(results, args.data, args.task)
     keys = args.models or [row["key"] for row in results["rows"]]
     for key, seed in attacks.models_of(results, args.run, keys):
         runs.say(f"  {key}, seed {seed}")
         rows += measure(args, data, key, seed)
-        saved = attacks.with_earlier(pathlib.Path(file), how["sha256"], rows)
-        runs.write_json(file, {"config": how, "rows": saved})
+        saved = attacks.with_earlier(file, how, rows)
+        runs.write_json(file, {"config": {**asked, "how": how}, "rows": saved})
     show(saved)
     print(f"\nsaved in {file}")
 

@@ -69,8 +69,6 @@ LEGEND = """
 gap: mean |p_m - p_f|, the same person asked as both, in [0, 1]. M_dpd, M_deo: Eq.
 (1), (2). {shots} shots: the gap given {shots} labelled people at b_Pc = 1 or -1,
 whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0."""
-
-
 PAPER = "  in the paper (ACC in %)"
 
 
@@ -81,11 +79,11 @@ def show(rows, titles, columns, printed):
     printed: {key: (ACC in percent, M_dpd, M_deo)}
     """
     seeds, means = len({row["seed"] for row in rows}), summary(rows)
-    wide = max(len(titles.get(key, key)) for key in means)
-    wide = max(wide, len(PAPER) if printed.keys() & means.keys() else 0)
+    names = [titles.get(key, key) for key in means]
+    wide = max(map(len, [PAPER, *names]))
 
     def line(title, cells):
-        print(title.ljust(wide) + "".join(f"{x:>10}" for x in cells))
+        print(title.ljust(wide) + "".join(f" {x}".rjust(10) for x in cells))
 
     print()
     line("", columns)
@@ -321,8 +319,9 @@ def draw(args):
         raise InputError(f"{args.run} has no such row: there is nothing to draw.")
     entries = len(axes.get_legend_handles_labels()[0])
     if entries:
-        beside = {"loc": "center left", "bbox_to_anchor": (1, .5)}
-        axes.legend(fontsize=8, **(beside if entries > 6 else {}))
+        legend = axes.legend(fontsize=8)
+    if entries > 6:                                       # beside the picture
+        legend.set(loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout()
     out = args.out or (args.run or pathlib.Path()) / f"{args.what}.png"
     try:
