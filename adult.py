@@ -20,8 +20,10 @@ adult.data and test rows from adult.test (`split`).
 import pathlib
 import sys
 import warnings
-from textwrap import fill
+from textwrap import fill, indent
 from typing import NamedTuple
+
+import numpy
 
 COLUMNS = ("age", "workclass", "fnlwgt", "education", "number of years of education",
            "marital status", "occupation", "relationship", "race", "sex",
@@ -227,7 +229,6 @@ class Split(NamedTuple):
 
 def split(data, rows, bpc, test_rows, seed):
     """Draws one seed's people -> Split. Raises InputError."""
-    import numpy
     rng = numpy.random.default_rng(seed)
     train = sample(data.train, rows, bpc, rng)
     taken = {id(p) for p in train}
@@ -240,14 +241,13 @@ def split(data, rows, bpc, test_rows, seed):
 
 # ------------------------------------------------------------------ the lesson
 
-def show(text):
+def show(text, margin=""):
     """Prints a text, its long lines folded."""
     for line in text.splitlines():
-        print(fill(line, 84))
+        print(indent(fill(line, 84, break_on_hyphens=False), margin))
 
 
 def lesson():
-    import numpy
     rng = numpy.random.default_rng(0)
     data = load(*sys.argv[1:2])
     person = data.train[0]
