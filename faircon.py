@@ -387,16 +387,12 @@ class LanguageModel:
 
     def usable_tokens(self):
         """The tokens that come back when decoded and encoded again: text."""
-        every = range(min(len(self.tokenizer), len(self.embed)))
-        words = self.tokenizer.batch_decode([[i] for i in every])
+        every = [[i] for i in range(min(len(self.tokenizer), len(self.embed)))]
+        words = self.tokenizer.batch_decode(every, skip_special_tokens=True)
         again = self.tokenizer(words, add_special_tokens=False)["input_ids"]
-        special = set(self.tokenizer.all_special_ids)
-        for i, token in self.tokenizer.added_tokens_decoder.items():
-            if token.special:
-                special.add(i)
         usable = []
-        for i in every:
-            if again[i] == [i] and i not in special and "\ufffd" not in words[i]:
+        for i, word in enumerate(words):
+            if again[i] == [i] and "\ufffd" not in word:
                 usable.append(i)
         if not usable:
             raise InputError("no token of this tokenizer survives decoding and "
@@ -416,13 +412,12 @@ class LanguageModel:
         g: NO_PROMPT, token ids, or embeddings (L, D) that carry a gradient.
         context: a few-shot prompt, which begins with the instruction; None: only that.
         """
-        context = adult.INSTRUCTION if context is None else context
-        context = self.embed[self.ids(context)]
-        bos = self.embed[torch.tensor(self.bos, dtype=torch.long)]
+        context = self.ids(adult.INSTRUCTION if context is None else context)
         if g is NO_PROMPT:
-            return torch.cat([bos, context])
+            return self.embed[self.bos + context]
         g = g if torch.is_tensor(g) else self.embed[g]
-        return torch.cat([bos, g, self.embed[self.ids("\n")], context])
+        rest = self.ids("\n") + context
+        return torch.cat([self.embed[self.bos], g, self.embed[rest]])
 
     def __call__(self, prefix, questions):
         """-> float32 logits (K, B, V) at the answer. InputError: too long.
@@ -473,23 +468,21 @@ class LanguageModel:
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
-        longest = before
-        for texts in questions:
-            longest = max(longest, before + max(map(len, texts)))
+        longest = before + max(max(map(len, texts)) for texts in questions)
         if longest > self.window:
             raise InputError(f"prompt and question are {longest} tokens and the "
                              f"model's context is {self.window}; use a shorter prompt "
                              "(--prompt-length, --longest) or fewer --shots.")
 
     @torch.no_grad()
-    def predict(self, questions, g=NO_PROMPT, context=None, batch=64):
+    def predict(self, questions, g=NO_PROMPT, context=None):
         """-> P(y=1 | y is 0 or 1) of each person as a man and as a woman, (N, 2).
 
         InputError when the model gives NaN or infinity.
         """
         prefix, parts = self.prefix(g, context), []
         cache = self.read(prefix, questions)
-        batch = max(1, min(batch, AT_ONCE // len(prefix)))
+        batch = max(1, min(64, AT_ONCE // len(prefix)))
         for i in range(0, len(questions), batch):
             logits = self.logits(copy.deepcopy(cache), questions[i:i + batch])
             parts.append(self.p_yes(logits).T)                               # (B, 2)
@@ -553,47 +546,34 @@ def show_people(model, people):
         print(f"    {who:<26} {person.y} {p_m:12.3f} {p_f:16.3f}")
 
 
-def climb(model, people, steps=24):
+def climb(model, people):
     """One adversary, its steps up the distance while theta is frozen."""
     print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
-    options = Options(prompt_length=20, phi_lr=2., rank=4)
-    game = Game(model, people, options, seed=0)
-    adversary, questions, means = game.adversary, game.questions[:20], []
-    for step in range(steps + 1):
-        if step % 8 == 0:
-            means.append(mean_distance(adversary, questions))
-            text = model.decode(adversary.sample_ids())
-            print(f"    step {step:<3} distance {means[-1]:.3f}   g = {text[:40]!r}")
-        adversary.step(questions)
+    options = Options(prompt_length=20, phi_lr=2.)
+    adversary = Adversary(model, options, torch.Generator().manual_seed(0))
+    questions, means = model.questions(people[:20]), []
+    for steps in ("1 to 8", "9 to 16", "17 to 24"):
+        means.append(numpy.mean([adversary.step(questions) for _ in range(8)]))
+        g = model.decode(adversary.sample_ids())
+        print(f"    steps {steps:<9} distance {means[-1]:.3f}   then g = {g[:30]!r}")
     assert means[-1] > 1.3 * means[0], "phi maximises"
-
-
-@torch.no_grad()
-def mean_distance(adversary, questions, samples=6):
-    """The distance under an adversary, mean of a few of its prompts."""
-    model, seen = adversary.model, []
-    for _ in range(samples):
-        logits = model(model.prefix(adversary.sample_ids()), questions)
-        seen.append(distance(logits, model.answers).item())
-    return numpy.mean(seen)
 
 
 def play(model, people, test, lam):
     """The paper's game, rates raised for four rounds -> the gap on test people."""
     options = Options(lam=lam, rounds=4, batch_size=8, lr=2e-3, phi_steps=5, phi_lr=2.)
     game = Game(model, people, options, seed=0)
-    show_gap("not trained", "", measure(model, test)["gap"])
+    show_gap(model, test, "not trained")
     for record in game.play():
-        task = f"{record['task']:.3f}"
-        show_gap(f"round {record['round']}", task, measure(model, test)["gap"])
+        show_gap(model, test, f"round {record['round']}", f"{record['task']:.3f}")
     game.swa.apply()
+    return show_gap(model, test, "the average, section 4.2")
+
+
+def show_gap(model, test, when, task=""):
     gap = measure(model, test)["gap"]
-    show_gap("the average, section 4.2", "", gap)
-    return gap
-
-
-def show_gap(when, task, gap):
     print(f"    {when:<26} {task:<8} {gap:.3f}", flush=True)
+    return gap
 
 
 def lesson():

@@ -54,8 +54,6 @@ def sample_embeddings(logits, E, tau, noise):
     (tested, value and gradient), in half the memory: a one-hot row times E is a row of
     E. `noise` is OVERWRITTEN. Where it is -inf, the token is not drawn.
     """
-    if not tau > 0:
-        raise ValueError(f"tau = {tau} is impossible: the temperature is positive.")
     return SampleEmbeddings.apply(logits, E, tau, noise)
 
 

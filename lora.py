@@ -23,8 +23,6 @@ from torch import nn
 from adult import InputError
 
 TARGETS = ("q_proj", "v_proj")
-# What q, k and v are called where they are one matrix, as in GPT-2, GPT-NeoX, Phi-3.
-FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 
 
 class LoRALinear(nn.Module):
@@ -52,13 +50,10 @@ class LoRALinear(nn.Module):
 
 
 def inject(model, r=32, alpha=16, dropout=0., seed=0):
-    """Freeze `model`, wrap every q_proj and v_proj -> the LoRALinear, layer by layer.
+    """Freeze `model`, wrap every q_proj and v_proj; a second call replaces adapters.
 
-    A second call replaces the adapters. InputError unless there is one of each in every
-    layer.
+    Raises InputError.
     """
-    if r < 1:
-        raise InputError(f"rank {r} is impossible: LoRA needs a rank of at least 1.")
     remove(model)
     found = projections(model)
     for p in model.parameters():
@@ -68,13 +63,13 @@ def inject(model, r=32, alpha=16, dropout=0., seed=0):
         layer = LoRALinear(getattr(parent, name), r, alpha, dropout, generator)
         setattr(parent, name, layer)
     set_dropout(model, False)
-    return list(adapters(model).values())
 
 
 def projections(model):
     """Where q_proj and v_proj are -> [(module that holds it, name)].
 
-    Raises InputError.
+    InputError unless each layer has one of each: GPT-2, GPT-NeoX and Phi-3 have q, k
+    and v in one matrix.
     """
     found = []
     for parent in model.modules():
@@ -82,11 +77,6 @@ def projections(model):
             if name in TARGETS and isinstance(child, nn.Linear):
                 found.append((parent, name))
     layers, kind = getattr(model.config, "num_hidden_layers", 0), type(model).__name__
-    for path, _ in model.named_modules():
-        if path.split(".")[-1] in FUSED:
-            raise InputError(f"in {kind} q and v are one matrix, {path}, and LoRA here "
-                             "is beside each of the two; use a model with q_proj and "
-                             "v_proj, such as GPT-Neo or Llama.")
     for name in TARGETS:
         count = sum(name == other for _, other in found)
         if count != layers or count == 0:
@@ -208,9 +198,6 @@ def load(model, directory):
         for field, value in config.items():
             if value and field not in SILENT and value not in OURS.get(field, ()):
                 raise ValueError(f"its {field} is {value!r}")
-        for name, tensor in tensors.items():
-            if config["r"] not in tensor.shape:
-                raise ValueError(f"{name} has another r than {config['r']}")
         inject(model, int(config["r"]), float(config["lora_alpha"]),
                float(config["lora_dropout"]))
         for name, layer in adapters(model).items():

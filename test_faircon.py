@@ -36,7 +36,6 @@ from faircon import NO_PROMPT, Game, LanguageModel
 HERE = pathlib.Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "adult"
 GPT2 = HERE.parent / "shared" / "gpt2_tokenizer"
-LESSONS = ("adult", "metrics", "gumbel", "swa", "lora", "faircon")
 SMALL = {"rounds": 2, "batch_size": 4, "prompt_length": 6, "phi_steps": 2, "phi_lr": .3,
          "rank": 4}
 needs_real = pytest.mark.skipif(not (REAL / "adult.data").exists(),
@@ -87,10 +86,6 @@ def game_of(model, people, kind=Game, seed=0, adversary=True, **given):
     """A tiny game on fresh adapters."""
     options = RobustOptions(**{**SMALL, **given})
     return kind(model, people, options, seed, adversary)
-
-
-def encode(model, text):
-    return model.tokenizer.encode(text, add_special_tokens=False)
 
 
 def seeded(seed):
@@ -256,34 +251,26 @@ ROW = ("39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, "
        "Not-in-family, White, Male, 2174, 0, 40, United-States, >50K.\n")
 
 
-def read_second(row, path):
-    """What a row is read as in the second line of a file."""
-    path.write_text("|1x3 Cross validator\n" + row)
-    person, = adult.read(path)
-    return person
-
-
-def test_a_label_is_read_with_and_without_its_full_stop(tmp_path):
+def test_rows_are_read_as_uci_writes_them(tmp_path):
+    path = tmp_path / "adult.data"
     for label, y in ((">50K.", 1), (">50K", 1), ("<=50K.", 0), ("<=50K", 0)):
-        row = ROW.replace(">50K.", label)
-        person = read_second(row, tmp_path / "adult.csv")
+        path.write_text("|1x3 Cross validator\n" + ROW.replace(">50K.", label))
+        person, = adult.read(path)
         assert person.y == y, "x5.23 comes from here"
         assert person.values == tuple(ROW.split(", ")[:14])
-
-
-@pytest.mark.parametrize("content, why", [
-    (ROW.replace(" White,", ""), "line 2 is no row as UCI writes it"),
-    (ROW.replace("Male", "M"), "line 2 is no row as UCI writes it"),
-    (ROW.replace(">50K", "50K"), "line 2 is no row as UCI writes it"),
-    ("", "holds no rows"),
-])
-def test_what_is_not_ucis_is_refused(content, why, tmp_path):
-    with pytest.raises(InputError, match=why):
-        read_second(content, tmp_path / "adult.csv")
+    refused = {
+        "\n" + ROW.replace(" White,", ""): "line 2 is no row as UCI writes it",
+        "\n" + ROW.replace("Male", "M"): "line 2 is no row as UCI writes it",
+        "\n" + ROW.replace(">50K", "50K"): "line 2 is no row as UCI writes it",
+        "|1x3 Cross validator\n": "holds no rows",
+        "\udcff": "adult.data cannot be read .not UTF-8",
+    }
+    for content, why in refused.items():
+        path.write_text(content, errors="surrogateescape")
+        with pytest.raises(InputError, match=why):
+            adult.load(tmp_path)
+    path.unlink()
     with pytest.raises(InputError, match="adult.data cannot be read .No such file"):
-        adult.load(tmp_path)
-    (tmp_path / "adult.data").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="adult.data cannot be read .not UTF-8"):
         adult.load(tmp_path)
 
 
@@ -351,7 +338,7 @@ def one_forward_pass_each(model, before, text, people):
     logits = []
     for person in people:
         for x in adult.twins(person):
-            ids = before + encode(model, text + x + " 0")[:-1]
+            ids = before + model.ids(text + x + " 0")[:-1]
             found = model.model(input_ids=torch.tensor([ids])).logits
             logits.append(found[0, -1])
     hook.remove()
@@ -409,26 +396,12 @@ def test_predict_in_batches_is_predict_at_once(model, data, monkeypatch):
     whole, _ = one_forward_pass_each(model, [], shots, people)
     wanted = whole[..., model.answers].softmax(-1)[..., 1].T
     sizes = []
-    caches = []
     spy(monkeypatch, model, "logits", lambda *seen: sizes.append(len(seen[1])))
-    spy(monkeypatch, model, "read", lambda *seen: caches.append(seen[-1]))
-    for at_once, batch in ((8192, 64), (8192, 2), (1, 64)):
+    for at_once in (8192, 2 * len(model.ids(shots)), 1):
         monkeypatch.setattr(faircon, "AT_ONCE", at_once)
-        found = model.predict(questions, context=shots, batch=batch)
+        found = model.predict(questions, context=shots)
         assert numpy.allclose(found, wanted.numpy(), atol=1e-4)
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1], "AT_ONCE bounds the memory"
-    for cache in caches:
-        assert cache.get_seq_length() == len(encode(model, shots)), "no copy was made"
-
-
-def test_measure_is_the_metrics_of_what_is_predicted(model, data):
-    people = people_of(data, 8, .5)
-    shots = adult.few_shot(data.train, 4, 1., numpy.random.default_rng(0))
-    p = model.predict(model.questions(people), [5, 6], shots)
-    y = [person.y for person in people]
-    s = [person.s for person in people]
-    assert metrics.evaluate(p, y, s)["flip"] > 0, "else s could be another's"
-    assert faircon.measure(model, people, [5, 6], shots) == metrics.evaluate(p, y, s)
 
 
 def test_too_long_is_one_sentence(model, data, monkeypatch):
@@ -481,7 +454,7 @@ def test_a_tokenizer_that_cannot_ask_is_refused(model, why, change):
 def test_usable_tokens_are_text(model):
     """And none is special, even where it is known as an added token only."""
     for i in model.usable:
-        again = encode(model, model.decode([i]))
+        again = model.ids(model.decode([i]))
         assert again == [i], "this prompt cannot be typed"
     allowed = (model.mask == 0).nonzero()
     assert allowed.flatten().tolist() == model.usable
@@ -552,19 +525,10 @@ def test_gumbel_softmax_is_the_librarys(tau):
     assert ours.grad.norm() > .1
 
 
-def test_a_sample_is_one_token_and_follows_the_distribution():
-    """20,000 draws: the margin of 1.5 % is four standard deviations."""
-    p = torch.tensor([.6, .3, .1])
-    logits = p.log().expand(20_000, 3)
-    x = gumbel.gumbel_softmax(logits, 1., seeded(0))
-    tokens = x.argmax(-1)
-    share = tokens.bincount() / 20_000
-    assert (share - p).abs().max() < .015
-    one_hot = F.one_hot(tokens, 3)
-    assert (x - one_hot).abs().max() < 1e-6, "a mixture of tokens is no prompt"
-    for tau in (0., -1., math.nan):
-        with pytest.raises(ValueError, match="tau"):
-            gumbel.gumbel_softmax(p, tau)
+@pytest.mark.parametrize("tau", [0., -1., math.nan])
+def test_a_temperature_is_positive(tau):
+    with pytest.raises(ValueError, match="tau"):
+        gumbel.gumbel_softmax(torch.zeros(3), tau)
 
 
 def test_sample_embeddings_is_a_sample_times_the_embeddings():
@@ -589,13 +553,12 @@ def test_sample_embeddings_is_a_sample_times_the_embeddings():
 
 # ------------------------------------------------------------------ phi, Eq. (3), (4)
 
-def next_scores(adversary):
-    """phi + Gumbel noise (L, V) of the adversary's next sample."""
+def next_sample(adversary, phi):
+    """What the adversary samples next, one-hot (L, V), differentiable in phi."""
     generator = torch.Generator()
     generator.set_state(adversary.generator.get_state())
-    phi = adversary.phi.detach()
-    noise = torch.empty(phi.shape).exponential_(generator=generator)
-    return phi + adversary.model.mask - noise.log()
+    noise = gumbel.gumbel_noise(phi.shape, generator) + adversary.model.mask
+    return gumbel.gumbel_softmax(phi, adversary.options.tau, noise=noise)
 
 
 def log_odds(model, logits):
@@ -606,20 +569,15 @@ def log_odds(model, logits):
 
 
 def upward(adversary, questions):
-    """The distance of the next sample, the same for both twins, and its slope in phi
-    by hand: the softmax's derivative times the prompt's."""
+    """The distance of the next sample, the same for both twins, and its slope."""
     model = adversary.model
-    tau = adversary.options.tau
-    scores = next_scores(adversary)                                      # (L, V)
-    sample = F.one_hot(scores.argmax(-1), scores.shape[1])
-    sample = sample.float().requires_grad_()
+    phi = adversary.phi.detach().clone().requires_grad_()
+    sample = next_sample(adversary, phi)
     logits = model(model.prefix(sample @ model.embed), questions)
     f_m, f_f = log_odds(model, logits)                                   # (B,)
     distance = (f_m - f_f).abs().mean()
-    slope, = torch.autograd.grad(distance, sample)
-    sigma = (scores / tau).softmax(-1)
-    mean = (sigma * slope).sum(-1, keepdim=True)
-    return distance.item(), sigma * (slope - mean) / tau
+    slope, = torch.autograd.grad(distance, phi)
+    return distance.item(), slope
 
 
 @pytest.mark.parametrize("given, sign", [((), 1), ((-1,), -1)])
@@ -805,8 +763,8 @@ def test_theta_meets_fresh_prompts(model, data, kind, adversary, monkeypatch):
     for _ in range(2):
         wanted = []
         if adversary:
-            tokens = next_scores(game.adversary).argmax(-1)
-            wanted.append(tokens.tolist())
+            sample = next_sample(game.adversary, game.adversary.phi)
+            wanted.append(sample.argmax(-1).tolist())
         if kind is RobustGame:
             wanted.append([5, 6])
         assert game.prompts() == wanted
@@ -978,8 +936,8 @@ def test_merge_unmerge_and_inject_again(model):
     def logits():
         return model.model(x).logits
     untouched = logits()
-    injected = lora.inject(model.model, 4, 16.)
-    assert len(injected) == 2 * 4, "q and v of every layer"
+    lora.inject(model.model, 4, 16.)
+    assert len(lora.adapters(model.model)) == 2 * 4, "q and v of every layer"
     theta = set(lora.theta(model.model))
     for p in model.model.parameters():
         assert p.requires_grad == (p in theta), "LoRA alone is trained"
@@ -1002,8 +960,6 @@ def test_merge_unmerge_and_inject_again(model):
 def test_only_rank_32_is_the_papers_half_percent():
     with torch.device("meta"):                         # the default is GPT-Neo-1.3B
         network = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig())
-    size = sum(p.numel() for p in network.parameters())
-    assert size == 1_315_575_808
     for r, share in ((4, .060), (32, .476)):
         lora.inject(network, r)
         trained = sum(p.numel() for p in lora.theta(network))
@@ -1011,9 +967,7 @@ def test_only_rank_32_is_the_papers_half_percent():
         assert round(lora.share(network), 3) == share
 
 
-def test_what_lora_cannot_do_is_refused(model):
-    with pytest.raises(InputError, match="rank 0"):
-        lora.inject(model.model, 0)
+def test_every_layer_needs_both_projections(model):
     network = copy.deepcopy(model.model)
     network.transformer.h[2].attn.attention.v_proj = torch.nn.Identity()
     with pytest.raises(InputError, match="3 linear v_proj"):
@@ -1136,10 +1090,6 @@ def test_the_synthetic_twin_copies_nobody_beyond_chance(data):
 
 # ------------------------------------------------------------------ the house
 
-def lessons():
-    return [(HERE / f"{name}.py").read_text("utf-8") for name in LESSONS]
-
-
 def test_no_line_is_wider_than_half_a_screen():
     for folder in (HERE, HERE / "beyond", HERE / "tiny"):
         for path in folder.glob("*.py"):
@@ -1151,8 +1101,7 @@ def test_no_line_is_wider_than_half_a_screen():
 def test_readme_names_only_what_exists():
     """file.py:name, and `Class.name`."""
     readme = (HERE / "README.md").read_text("utf-8")
-    code = "\n".join(lessons())
-    code += (HERE / "beyond/robust.py").read_text("utf-8")
+    code = (HERE / "faircon.py").read_text("utf-8")
     named = [(code, name) for name in re.findall(r"`([A-Z]\w+\.\w+)", readme)]
     for file, name in re.findall(r"([\w/]+\.py):([A-Za-z_][\w.]*)", readme):
         named.append(((HERE / file).read_text("utf-8"), name))

@@ -4,31 +4,11 @@
     python train.py --table 1               Table 1 (--table 2: Table 2)
     python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
 
-    Table 3's models    theta is trained on            given
-    always-0            nothing: the answer is 0
-    not-trained         nothing
-    averaged            nothing: the mean of the twins' answers
-    no-sex              nothing; the question (not the shots) leaves out sex
-    fine-tuned          the task                       no prompt
-    fine-tuned-no-sex   the same; the question leaves out sex
-    cda                 the task, both twins           no prompt
-    distance            task + lam * distance          no prompt
-    faircon             Eq. (3)                        the adversary's prompt
-    fresh               Eq. (3)                        the adversary's: phi begins
-                                                       anew in each round
-    fine-tuned-shots    the task                       biased shots
-    shots               task + lam * distance          biased shots
-    cda-shots           the task, both twins           biased shots
-    robust              Eq. (3)                        the adversary's, biased shots
-    following           Eq. (3); given shots the task  the adversary's, any shots
-                        is to answer as the untrained
-                        model does, mean of the twins
-
-All rows share people, seeds, rounds and theta's rate; with both twins (CDA,
-counterfactual data augmentation) a batch is twice as large, so that all take equally
-many steps. `fresh` and the rows with shots are in beyond/robust.py: there phi has
-another rate, and with an adversary and shots theta two prompts a step. lam is .3 for
-`following`.
+MODELS lists Table 3's rows: what theta is trained on, and given. They share people,
+seeds, rounds and theta's rate; with both twins (CDA, counterfactual data augmentation)
+a batch is twice as large, so that all take equally many steps. In FreshGame and
+RobustGame (beyond/robust.py) phi has another rate; given the adversary's prompt and
+shots, theta has two prompts a step.
 
 A job is one model of one seed (train_model), in a process of its own. A number's way:
 run, train_model, play_game, Game.play, swa.apply, measure_all, metrics.evaluate; then
@@ -37,11 +17,9 @@ report.show.
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
-import collections
 import dataclasses
 import functools
 import pathlib
-import textwrap
 import time
 import warnings
 from typing import NamedTuple
@@ -61,32 +39,37 @@ from faircon import Game, Options, evaluate
 
 
 class Recipe(NamedTuple):
-    """A row of Table 3 and how it is trained."""
+    """A row of Table 3: what theta is trained on, and given."""
     title: str
-    game: type = None            # None: not at all
-    adversary: bool = False
-    fair: bool = False           # whether the distance counts; else lam = 0
-    both_twins: bool = False     # CDA: each row once as a man and once as a woman
-    sex: bool = True             # whether the question says it
+    game: type = None            # None: not trained
+    adversary: bool = False      # given its prompt
+    fair: bool = False           # on task + lam * distance; else on the task only
+    both_twins: bool = False     # CDA: on each row once as a man and once as a woman
+    sex: bool = True             # whether the question says it; shots always do
     options: dict = {}           # of its own
 
 
 MODELS = {
+    # not trained. always-0: the answer is 0. averaged: the mean of the twins' answers
     "always-0": Recipe('always "0"'),
     "not-trained": Recipe("not trained"),
     "averaged": Recipe("not trained, twins averaged"),
     "no-sex": Recipe("not trained, sex left out", sex=False),
+    # given no prompt
     "fine-tuned": Recipe("fine-tuned", Game),
     "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "distance": Recipe("distance, no adversary", Game, fair=True),
+    # given the adversary's prompt: Eq. (3). fresh: phi begins anew in each round
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fresh": Recipe("FairCon, phi begins anew", FreshGame, adversary=True, fair=True),
+    # given biased shots. robust: and the adversary's prompt
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
     "shots": Recipe("distance with biased shots", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
     "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True),
-    # At lam = 1 the shortest way to close the gap is not to read the shots.
+    # as robust, but given any shots the task is to answer as the untrained model does,
+    # mean of the twins. At lam = 1 the shortest way to no gap is not to read the shots
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
                         fair=True, options={"lam": .3})}
 # Asked for by name, or by "all".
@@ -95,8 +78,8 @@ EXTRA = ("fine-tuned-no-sex", "distance", "fresh", "fine-tuned-shots", "followin
 # dropout the twins' texts have different masks, a distance that is not theirs.)
 DEFAULTS = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
 # Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
-TABLE_3 = {"fine-tuned": (63.0, .183, .142), "faircon": (51.0, .136, .081)}
-TABLES_1_2 = {
+PRINTED = {
+    "fine-tuned": (63.0, .183, .142), "faircon": (51.0, .136, .081),
     "b = 0": (75.5, .0049, .0083), "natural, natural test rows": (85.0, .0080, .0180),
     "b = 0.5": (70.5, .0411, .0429), "b = 1": (68.5, .0940, .1019),
     "b = 0, counterbalanced": (81.5, .0028, .0082)}
@@ -109,12 +92,13 @@ def parser():
                     description="FairCon: a language model that stays fair under the "
                     "most unfair prompt, Eq. (3), and Tables 1 to 3 of the paper.")
     g = p.add_argument_group("what to run")
-    g.add_argument("--table", type=int, choices=(1, 2, 3), default=3,
-                   help="the paper's table (3)")
-    g.add_argument("--prompt-only", action="store_true",
-                   help="Eq. (4): the model frozen, a fair prompt learned")
-    g.add_argument("--paper", action="store_true",
-                   help="what the paper prints, else its released code's rates")
+    one = g.add_mutually_exclusive_group()
+    one.add_argument("--table", type=int, choices=(1, 2, 3), default=3,
+                     help="the paper's table (3)")
+    one.add_argument("--prompt-only", action="store_true",
+                     help="Eq. (4): the model frozen, a fair prompt learned")
+    one.add_argument("--paper", action="store_true",
+                     help="what the paper prints, else its released code's rates")
     g.add_argument("--models", nargs="+", choices=[*MODELS, "all"], metavar="KEY",
                    help=f"some of Table 3's: {', '.join(MODELS)}; all "
                    f"(default: all but {', '.join(EXTRA)})")
@@ -333,8 +317,7 @@ def follows(model, people, data, config, key, seed):
     for y in (1, 0):
         rng = numpy.random.default_rng((seed, 7))
         alike = [x for x in data.train if x.y == y]
-        alike = adult.sample(alike, config["shots"], None, rng)
-        shots = adult.INSTRUCTION + "".join(adult.shot(x) for x in alike)
+        shots = adult.few_shot(alike, config["shots"], None, rng)
         p = answers_of(model, key, some, context=shots)
         means.append(p[numpy.arange(len(some)), [x.s for x in some]].mean())
     return float(means[0] - means[1])
@@ -352,34 +335,33 @@ def gap_given_shots(model, people, data, config, key, seed):
 
 # ------------------------------------------------------------------ Tables 1 and 2
 
+# A row's title: b_Pc of the shots, whether they are counterbalanced, b_Pc of the test
+# rows. b_Pc None: as the data is.
+FEW_SHOT = {
+    1: {"b = -1": (-1., False, 0.),
+        "b = -0.5": (-.5, False, 0.),
+        "b = 0": (0., False, 0.),
+        "b = 0.5": (.5, False, 0.),
+        "b = 1": (1., False, 0.),
+        "natural, balanced test rows": (None, False, 0.),
+        "natural, natural test rows": (None, False, None)},
+    2: {"b = 0": (0., False, 0.),
+        "b = 0, counterbalanced": (0., True, 0.),
+        "b = 0.5": (.5, False, 0.),
+        "b = 0.5, counterbalanced": (.5, True, 0.)}}
+
+
 def few_shot_rows(config, key, seed, folder):
     """The frozen model given labelled people, one draw of prompts -> rows; a job."""
     model, data = load_both(config)
     rows = []
-    for title, b, counterbalance, test_b in few_shot_settings(config["table"]):
+    for title, (b, counterbalance, test_b) in FEW_SHOT[config["table"]].items():
         rng = numpy.random.default_rng(seed)
         shots = adult.few_shot(data.train, config["shots"], b, rng, counterbalance)
         people = adult.sample(data.test, config["test_rows"], test_b, rng)
         row = {"key": title, "seed": seed, "prompt": shots}
         rows.append({**row, **faircon.measure(model, people, context=shots)})
     return rows
-
-
-def few_shot_settings(table):
-    """Table 1's, or Table 2's, rows.
-
-    -> [(title, b_Pc of the shots, counterbalanced, b_Pc of the test rows)]
-    b_Pc None: as the data is.
-    """
-    if table == 1:
-        listed = [(f"b = {b:g}", b, False, 0.) for b in (-1., -.5, 0., .5, 1.)]
-        return listed + [("natural, balanced test rows", None, False, 0.),
-                         ("natural, natural test rows", None, False, None)]
-    listed = []
-    for b in (0., .5):
-        listed.append((f"b = {b:g}", b, False, 0.))
-        listed.append((f"b = {b:g}, counterbalanced", b, True, 0.))
-    return listed
 
 
 # ------------------------------------------------------------------ Eq. (4)
@@ -423,16 +405,13 @@ def fair_prompt(model, people, options, seed, samples=15):
 # ------------------------------------------------------------------ the run
 
 def enough(people, bpc, most):
-    """The most people, up to `most`, that can be drawn balanced and also at b_Pc."""
-    have = collections.Counter((p.s, p.y) for p in people)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for n in range(most, 4, -8):
-            balanced = collections.Counter(adult.cells(n, 0.))
-            biased = collections.Counter(adult.cells(n, bpc))
-            if balanced <= have and biased <= have:
-                return n
-    return 4                                    # adult.sample then says what is missing
+    """How many people, `most` or fewer, can be drawn balanced and also at b_Pc."""
+    for s, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        have = sum(p.s == s and p.y == y for p in people)
+        share = (1 - bpc) / 4 if s == y else (1 + bpc) / 4              # adult.cells
+        most = min(most, have / max(1 / 4, share))
+    # A multiple of 8: b_Pc is exact. If there are too few, adult.sample says what.
+    return max(4, int(most) // 8 * 8)
 
 
 def prepare(args):
@@ -441,8 +420,8 @@ def prepare(args):
     InputError for what cannot be drawn, or would be too long, before any work.
     """
     config = {name: getattr(args, name) for name in (
-        "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds",
-        "seed", "chat")}
+        "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds", "seed",
+        "chat")}
     config["game"], config["models"] = given_options(args), models_of(args)
     options = {key: options_of(config, key) for key in MODELS}      # checked, all of it
     # The fewest shots with which every b_Pc of the table is exact.
@@ -492,8 +471,7 @@ def show_untrained(model, people):
     say(f"\na question (x_m; its twin x_f says {adult.SEXES[1]}), answered by the next "
         "token:\n")
     text = adult.INSTRUCTION + adult.twins(people[0])[0]
-    for part in (model.before + text + model.after).splitlines():
-        say(textwrap.indent(textwrap.fill(part, 84), "    "))
+    adult.show(model.before + text + model.after, "    ")
     with torch.no_grad():
         p = model(model.prefix(), model.questions(people[:20])).softmax(-1)  # (2, B, V)
     mass = p[..., model.answers].sum(-1).mean().item()
@@ -529,19 +507,18 @@ def run(args):
 def show(rows, args, folder):
     """The table, the paper's numbers beside ours; a prompt; the next command."""
     columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
-    if args.table == 3 and not args.prompt_only:
+    trained = args.table == 3 and not args.prompt_only
+    if trained:
         columns.update({f"{args.shots} shots": "shots", "follows": "follows"})
-        titles = {key: MODELS[key].title for key in MODELS}
-        report.show(rows, titles, columns, {} if args.task else TABLE_3)
+    titles = {key: MODELS[key].title for key in MODELS}
+    report.show(rows, titles, columns, {} if args.task else PRINTED)
+    if trained:
         say(report.LEGEND.format(shots=args.shots))
-    else:
-        report.show(rows, {}, columns,
-                    {} if args.prompt_only or args.task else TABLES_1_2)
     report.warn(rows)
     if args.table == 3:
         report.show_prompt(rows)
     say(f"\nsaved in {folder}/: results.json")
-    if args.table == 3 and not args.prompt_only:
+    if trained:
         say(f"each model's adapter (PEFT's format) and its answers are in "
             f"{folder}/MODEL-SEED/\nnext:    python -m beyond.attacks {folder}")
 
@@ -550,16 +527,14 @@ def main(argv=None):
     """The command. Whatever is wrong with the input is one sentence, exit status 1."""
     with runs.one_sentence("train.py"):
         args = runs.parse(parser(), argv)
-        kinds = [kind for kind in ("paper", "prompt_only") if getattr(args, kind)]
-        if len(kinds) > 1 or args.table != 3 and kinds:
-            raise InputError("--paper, --prompt-only and --table exclude each other; "
-                             "give one.")
         if args.models and (args.table != 3 or args.prompt_only):
             raise InputError("--models are Table 3's; leave it out here.")
         if args.table != 3 and given_options(args) != DEFAULTS:
             raise InputError("Tables 1 and 2 train nothing: no flags of the game.")
-        other = f"table{args.table}" if args.table != 3 else "default"
-        args.name = args.name or (kinds[0] if kinds else other)
+        usual = "default" if args.table == 3 else f"table{args.table}"
+        for kind in ("paper", "prompt_only"):
+            usual = kind if getattr(args, kind) else usual
+        args.name = args.name or usual
         run(args)
 
 

@@ -226,6 +226,8 @@ def test_every_number_of_a_row_is_of_the_people_it_names(job, home):
     biased = answers(key, calls, people.test_bpc)
     wanted["acc_bpc"] = numbers(people.test_bpc, biased)["acc"]
     for call in named(calls, "few_shot"):
+        if call.given["bpc"] is None:                                     # follows
+            continue
         assert call.given["people"] is data.train, "shots are no test rows"
         assert call.given["shots"] == 4 and not call.given["counterbalance"]
         given_shots = answers(key, calls, people.test, call.gave)
@@ -894,8 +896,8 @@ def test_a_script_without_a_guard_and_a_thread_are_told(tmp_path):
     process = sleeper(tmp_path, 0, guard="")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "if __name__ == '__main__'" in err
-    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit, match="exclude"):
-        pool.submit(train.main, ["--table", "1", "--paper"]).result()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit, match="Table 3"):
+        pool.submit(train.main, ["--table", "1", "--models", "cda"]).result()
 
 
 def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
@@ -966,8 +968,8 @@ OPTIONS = {
     "--shots 200": "context|shots", "--shots 3": "even",
     "--table 1 --shots 64": "context", "--table 1 --shots 4": "multiple of 8",
     "--table 2 --shots 6": "even number", "--prompt-only --models robust": "Table 3",
-    "--table 1 --lam 2": "train nothing", "--prompt-only --paper": "exclude",
-    "--table 1 --paper": "exclude", "--table 2 --prompt-only": "exclude",
+    "--table 1 --lam 2": "train nothing", "--prompt-only --paper": "not allowed",
+    "--table 1 --paper": "not allowed", "--table 2 --prompt-only": "not allowed",
     "--name ../x": "folder name", "--name=": "folder name",
     "--resume ../x": "folder name", "--resume nothing": "no run in runs/nothing",
     "--seeds 0": "seeds", "--seed 99999999999999999999": "seed",
@@ -1074,9 +1076,7 @@ def random_model(kind, directory, **more):
 
 
 @pytest.mark.parametrize("kind, more, match", [
-    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4},
-     "q and v are one matrix, transformer.h.0.attn.c_attn"),
-    ("GPTNeoXForCausalLM", {}, "query_key_value"), ("Phi3ForCausalLM", {}, "qkv_proj"),
+    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "0 linear q_proj"),
     ("MambaForCausalLM", {"state_size": 4}, "cannot be read|q_proj"),
     ("T5ForConditionalGeneration",
      {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
