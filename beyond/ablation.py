@@ -64,8 +64,7 @@ def run_variant(config, name, seed, folder):
     data = train.load_data_once(config["data"], config["task"])
     model = train.load_once("tiny", "float32", "cpu")
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
-    options = train.options_of(config, "robust")
-    options = dataclasses.replace(options, **variant.options)
+    options = dataclasses.replace(train.options_of(config, "robust"), **variant.options)
     game = variant.game(model, people.train, options, seed)
     for _ in game.play():
         pass
@@ -96,7 +95,7 @@ def show(rows, seeds):
     for key, values in report.summary(rows).items():
         text = f"{key:<18}"
         for name in COLUMNS.values():
-            text += f" {report.cell(values.get(name), seeds):>9}"
+            text += f" {report.cell(values[name], seeds):>9}"
         print(text)
     show_differences(rows, ("ACC", "gap", "people"))
     show_differences(rows, ("climb", "texts", "gumbel"))
@@ -105,9 +104,7 @@ def show(rows, seeds):
 
 def show_differences(rows, columns):
     """How much more one variant has than another, seed by seed."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["key"], {})[row["seed"]] = row
+    groups = report.by_key(rows)
     pairs = [(key, "robust") for key in VARIANTS if key != "robust"] + PAIRS
     pairs = [(a, b) for a, b in pairs if a in groups and b in groups]
     if pairs:
@@ -120,12 +117,8 @@ def show_differences(rows, columns):
 
 
 def difference(ours, theirs, name):
-    """Two variants' rows by seed -> "+0.012 (2.1) 4/5", "-" where nobody measured."""
-    more = []
-    for seed in ours:
-        if name not in ours[seed]:
-            return "-"
-        more.append(ours[seed][name] - theirs[seed][name])
+    """Two variants' rows of the same seeds -> "+0.012 (2.1) 4/5"."""
+    more = [a[name] - b[name] for a, b in zip(ours, theirs, strict=True)]
     mean, spread = report.mean_and_spread(more)
     t = f"{mean / spread * len(more) ** .5:.1f}" if spread else "-"
     return f"{mean:+.3f} ({t}) {sum(x > 0 for x in more)}/{len(more)}"

@@ -184,15 +184,12 @@ def climb(target, direction, most, budget, rng):
     pool = {}
     for person in target.people:
         pool.setdefault((person.s, person.y), []).append(person)
-    people = adult.sample(target.people, most + most % 2, direction, rng)[:most]
+    people = adult.sample(target.people, most, direction, rng)
     while len(people) > 1 and not target.fits(in_front(people)):
         people.pop()
     text = in_front(people)
-    best = direction * target.leaning(text)
-    spent = 1
-    for _ in range(100 * budget):                                # not for ever
-        if spent == budget:
-            break
+    best, spent = direction * target.leaning(text), 1
+    while spent < budget:
         others = move(people, pool, rng)
         changed = in_front(others)
         if changed != text and target.fits(changed):
@@ -227,10 +224,7 @@ def token_prompt(model, scored):
 
 
 def random_prompt(model, length, rng):
-    """Random usable tokens as text: encoded again, cut to `length`.
-
-    Raises InputError.
-    """
+    """Random usable tokens as text, encoded again and cut. Raises InputError."""
     for attempt in range(100):
         drawn = rng.integers(len(model.usable), size=(2 + attempt) * length)
         text = model.decode([model.usable[i] for i in drawn])
@@ -242,13 +236,14 @@ def random_prompt(model, length, rng):
 
 
 def random_prompts(target, length, n, rng):
-    return [random_prompt(target.model, length, rng) for _ in range(n)]
+    """n random prompts -> [(gap, g)]"""
+    prompts = [random_prompt(target.model, length, rng) for _ in range(n)]
+    return target.score(prompts)
 
 
 def random_search(target, length, budget, rng):
     """The best of `budget` random prompts -> Prompt."""
-    scored = target.score(random_prompts(target, length, budget, rng))
-    return token_prompt(target.model, scored)
+    return token_prompt(target.model, random_prompts(target, length, budget, rng))
 
 
 @torch.no_grad()
@@ -265,10 +260,7 @@ def write(model, n, length, generator):
 
 
 def written_search(target, length, budget, rng):
-    """The best of `budget` texts that the attacked model writes itself.
-
-    Raises InputError.
-    """
+    """The best of `budget` texts that the model itself writes. Raises InputError."""
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     texts = []
     while len(texts) < budget:
@@ -324,7 +316,7 @@ def gcg(target, length, budget, rng, control=False, n=4, top=8, keep=.7):
     control: random numbers are the gradient.
     """
     model, spent = target.model, min(STARTS, budget)
-    best, g = max(target.score(random_prompts(target, length, spent, rng)))
+    best, g = max(random_prompts(target, length, spent, rng))
     average, moved = 0., True                     # moved: the gradient is out of date
     while spent + GRADIENT + n <= budget:
         if moved:
@@ -346,7 +338,7 @@ def gumbel(target, length, budget, rng, control=False):
     control: as many samples, but phi takes no step.
     """
     spent = min(STARTS, budget)
-    scored = target.score(random_prompts(target, length, spent, rng))
+    scored = random_prompts(target, length, spent, rng)
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     options = RobustOptions(prompt_length=length)
     adversary = faircon.Adversary(target.model, options, generator)
@@ -385,16 +377,14 @@ TOKEN_ATTACKS = {
 def plan(size, room):
     """Every attack -> [(name, search, its arguments)], in the table's order."""
     attacks = []
-    smaller = [people for people in size["people"] if people < size["most"]]
-    for most in [*smaller, size["most"]]:
-        people = "full" if most == size["most"] else f"{most} people"
+    few = {f"{n} people": n for n in size["people"] if n < size["most"]}
+    for people, n in {**few, "full": size["most"]}.items():
         for b in (1., .5, 0., -.5, -1.):
-            attacks.append((f"{people}, b = {b:g}", few_shot, (most, b)))
+            attacks.append((f"{people}, b = {b:g}", few_shot, (n, b)))
     for b in (1., -1.):
         attacks.append((f"other wording, b = {b:g}", reworded, (b,)))
     for to, direction in DIRECTIONS.items():
-        arguments = (direction, size["most"], size["climb"])
-        attacks.append((f"climb {to}", climb, arguments))
+        attacks.append((f"climb {to}", climb, (direction, size["most"], size["climb"])))
     for length in size["lengths"]:
         for kind, search in TOKEN_ATTACKS.items():
             budget = size["texts" if kind.endswith("search") else "tokens"]
@@ -429,16 +419,6 @@ def search_all(target, size, seed):
     return found
 
 
-def report(model, prompt, people):
-    """What a prompt does to people on whom it was not chosen -> an attack's entry.
-
-    found: what its search raised on validation people.
-    """
-    measured = faircon.measure(model, people, context=prompt.text)
-    entry = {name: measured[name] for name in ("gap", "signed_gap", "flip", "acc")}
-    return {**entry, **prompt.size, "found": prompt.found, "prompt": prompt.text}
-
-
 def attack(model, people, data, size, seed):
     """Every attack on a model; `people` is adult.split's -> part of a row."""
     met = {id(person) for person in people.train + people.validation}
@@ -446,7 +426,10 @@ def attack(model, people, data, size, seed):
     target = target_of(model, people.validation[:size["chosen_on"]], others)
     test, attacks = people.test[:size["test_rows"]], {}
     for name, prompt in search_all(target, size, seed).items():
-        attacks[name] = report(model, prompt, test)
+        measured = faircon.measure(model, test, context=prompt.text)
+        entry = {x: measured[x] for x in ("gap", "signed_gap", "flip", "acc")}
+        entry.update(prompt.size, found=prompt.found, prompt=prompt.text)
+        attacks[name] = entry
     if not attacks:
         raise InputError("the context holds no prompt of these attacks and a question; "
                          "use a model with a longer one.")
@@ -509,17 +492,15 @@ def lines(row):
     return {**values, "worst gap": row["worst"], "lowest ACC": row["lowest_acc"]}
 
 
-def show_columns(heading, columns, at_once=5):
+def show_columns(heading, columns):
     """{key: {name: text}}: names down, keys across, at most five side by side."""
     keys = [key for key in columns if columns[key]]
-    for i in range(0, len(keys), at_once):
-        some = keys[i:i + at_once]
+    for i in range(0, len(keys), 5):
+        some = keys[i:i + 5]
         print(f"\n{heading:<33}" + "".join(f"{key:>11}" for key in some))
         for name in columns[some[0]]:
-            text = f"{name[:32]:<33}"
-            for key in some:
-                text += f" {columns[key][name]:>10}"
-            print(text)
+            cells = [f" {columns[key][name]:>10}" for key in some]
+            print(f"{name[:32]:<33}" + "".join(cells))
 
 
 def show_worst(rows):
@@ -542,28 +523,23 @@ def note_fewer(rows):
         for name, entry in row["attacks"].items():
             said = name.replace("other wording", "16 people")
             asked = re.match(r"(\d+) people", said)
-            if asked and entry.get("people", math.inf) < int(asked[1]):
+            if asked and entry["people"] < int(asked[1]):
                 fewer[name] = entry["people"]
     for name, people in fewer.items():
         print(f"note: {name}: the context or the data allows {people} people only")
 
 
 def controls(rows):
-    """An attack's gap minus its control's: the mean, and on how many seeds above 0.
-
-    -> {key: {name: text}}
-    """
+    """An attack's gap minus its control's: the mean, and on how many seeds above 0."""
     columns = {}
     for key, some in by_key(rows).items():
-        columns[key] = {}
-        for name in some[0]["attacks"]:
+        columns[key], found = {}, [row["attacks"] for row in some]
+        for name in found[0]:
             control = f"control: {name}"
-            if control in some[0]["attacks"]:
-                found = [row["attacks"] for row in some]
+            if control in found[0]:
                 more = [x[name]["gap"] - x[control]["gap"] for x in found]
-                above = sum(x > 0 for x in more)
-                mean = f"{numpy.mean(more):+.3f}"
-                columns[key][name] = f"{mean} {above}/{len(more)}"
+                above = f"{sum(x > 0 for x in more)}/{len(more)}"
+                columns[key][name] = f"{numpy.mean(more):+.3f} {above}"
     return columns
 
 
@@ -586,8 +562,7 @@ def size_of(args):
     if args.budget:
         size.update(climb=args.budget, texts=args.budget, tokens=args.budget)
     if args.most and args.most % 2:
-        raise InputError(f"--most {args.most} cannot have every b_Pc; give an even "
-                         "number.")
+        raise InputError(f"--most {args.most} cannot have every b_Pc; make it even.")
     for name in ("most", "chosen_on", "test_rows"):
         size[name] = getattr(args, name) or size[name]
     if args.only:

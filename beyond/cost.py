@@ -37,17 +37,14 @@ class Straight(LanguageModel):
         return found.view(len(questions), -1, found.shape[-1]).transpose(0, 1)
 
 
-def matrix_rate(device, dtype, n=1024, seconds=.2):
-    """GFLOP/s of an n x n matrix product, the best of many."""
-    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        seconds = timed(lambda: a @ a, device, 0.)
-        best = max(best, 2 * n ** 3 / seconds / 1e9)
-    return best
+def matrix_rate(device, dtype, n=1024):
+    """GFLOP/s of an n x n matrix product, the best of ten."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = min(timed(lambda: a @ a, device, 0.) for _ in range(10))
+    return 2 * n ** 3 / best / 1e9
 
 
-def timed(step, device, seconds):
+def timed(step, device, seconds=5.):
     """Seconds of one `step`, mean over as many as fit in `seconds`, after a first."""
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     step()
@@ -82,7 +79,7 @@ def load_both(args, way):
     return model, tasks.load(None, args.data)
 
 
-def cost_of_steps(args, way, batch_size, seconds=5.):
+def cost_of_steps(args, way, batch_size):
     """phi's and theta's step, theta given one prompt -> {what: number}.
 
     share: theta's GFLOP/s in percent of the matrix rate.
@@ -100,8 +97,8 @@ def cost_of_steps(args, way, batch_size, seconds=5.):
     def theta():
         game.theta_step(batches.pop())
 
-    seconds_phi = timed(phi, model.device, seconds)
-    seconds_theta = timed(theta, model.device, seconds)
+    seconds_phi = timed(phi, model.device)
+    seconds_theta = timed(theta, model.device)
     with FlopCounterMode(display=False) as counter:
         theta()
     rate = matrix_rate(model.device, model.dtype)
@@ -111,7 +108,7 @@ def cost_of_steps(args, way, batch_size, seconds=5.):
             "share": 100 * gflop / seconds_theta / rate, "gb": peak_gb()}
 
 
-def cost_of_shots(args, way, shots, seconds=5.):
+def cost_of_shots(args, way, shots):
     """People a second, both twins, given labelled people -> {what: number}."""
     model, data = load_both(args, way)
     rng, people = numpy.random.default_rng(0), args.batch_size
@@ -122,8 +119,7 @@ def cost_of_shots(args, way, shots, seconds=5.):
     def evaluate():
         model(prefix, questions)
 
-    seconds = timed(evaluate, model.device, seconds)
-    return {"people": people / seconds, "gb": peak_gb()}
+    return {"people": people / timed(evaluate, model.device), "gb": peak_gb()}
 
 
 def alone(work, *given):
