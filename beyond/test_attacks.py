@@ -64,7 +64,7 @@ class Planted:
 
     One token in a thousand is worth 1 in its place, the others .1 or so: a search that
     tries some hundred prompts cannot meet the ten of them by luck. Tokens from 900 on
-    are worth 2 and not usable; the encoding loses 850, worth 0.
+    are worth 2 and not usable: the encoding loses them.
     """
     V = 1000
     device = torch.device("cpu")
@@ -76,16 +76,13 @@ class Planted:
 
     def __init__(self, length, seed):
         rng = generator(seed)
-        table = rng.normal(0, .1, (length, self.V))
-        best = rng.integers(850, size=length)
-        table[range(length), best] = 1.
-        table[:, 900:] = 2.
-        table[:, 850] = 0.
-        self.table = torch.tensor(table).float()
+        self.table = torch.tensor(rng.normal(0, .1, (length, self.V))).float()
+        self.table[range(length), rng.integers(900, size=length)] = 1.
+        self.table[:, 900:] = 2.
 
     def ids(self, text):
         numbers = [int(word) for word in text.split() if word.isdigit()]
-        return [i for i in numbers if i != 850]
+        return [i for i in numbers if i < 900]
 
     question = whole = ids
 
@@ -96,72 +93,59 @@ class Planted:
         return g if torch.is_tensor(g) else self.embed[g]                # (L, V)
 
     def __call__(self, prefix, questions):
-        logits = torch.full((2, len(questions), self.V), -30.)
-        logits[..., 0] = 0.
-        worth = (prefix * self.table).sum()
-        logits[0, :, 1] = worth - 4
+        logits = torch.zeros(2, len(questions), 2)
+        logits[0, :, 1] = (prefix * self.table).sum() - 4
         logits[1, :, 1] = -20
         return logits
 
     def p_yes(self, logits):
-        return logits[..., :2].softmax(-1)[..., 1]
+        return logits.softmax(-1)[..., 1]
 
     def predict(self, questions, g):
-        logits = self(self.prefix(g), questions)
-        return self.p_yes(logits).T.numpy()
+        return self.p_yes(self(self.prefix(g), questions)).T.numpy()
 
 
 def planted(seed):
     return attacks.Target(Planted(10, seed), [None] * 4, [], math.inf)
 
 
-def found_by(name, seed):
-    """What a search finds with a budget of 300; its prompt is text."""
-    search, target = attacks.TOKEN_ATTACKS[name], planted(seed)
-    prompt = search(target, 10, 300, generator(seed))
-    g = [int(word) for word in prompt.text.split()[:10]]
-    assert max(g) < 900 and 850 not in g, f"{name}'s tokens are no text: {g}"
-    return prompt.found
-
-
 def test_a_gradient_finds_a_planted_weakness_and_its_control_does_not():
-    """Guards against an attack that lives off its starts: sign, mask, mean, phi's rate.
-
-    The former ones were no better than the same search with a random gradient.
-    """
+    """An attack does not live off its starts: sign, mask, mean, phi's rate."""
     for seed in range(3):
+        found = {}
+        for name in ("gcg", "control: gcg", "gumbel", "control: gumbel"):
+            search = attacks.TOKEN_ATTACKS[name]
+            found[name] = search(planted(seed), 10, 300, generator(seed)).found
         for name in ("gcg", "gumbel"):
-            margin = found_by(name, seed) - found_by(f"control: {name}", seed)
+            margin = found[name] - found[f"control: {name}"]
             assert margin > .5, f"{name}'s gradient must be worth .5 of gap: {margin}"
-        assert found_by("random search", seed) < found_by("gcg", seed) - .5
 
 
 def test_replacements_are_text_and_change_one_token():
-    g, ranked = [1] * 10, torch.tensor([[1, 2, 850]] * 10)
+    g, ranked = [1] * 10, torch.tensor([[1, 2, 950]] * 10)
     found = attacks.replacements(planted(0), g, ranked, generator(), 30)
     assert sorted(found) == sorted([1] * i + [2] + [1] * (9 - i) for i in range(10))
 
 
 def test_scores_are_the_gap_and_the_signed_gap():
-    model = types.SimpleNamespace()
-    model.predict = lambda *_, **__: numpy.array([[.6, .2], [.1, .4]])
+    p = numpy.array([[.6, .2], [.1, .4]])
+    model = types.SimpleNamespace(predict=lambda *_, **__: p)
     target = attacks.Target(model, [], [], 0)
     assert target.score([[1]]) == [(pytest.approx(.35), [1])]
     assert target.leaning("a text") == pytest.approx(.05)
 
 
 def test_gumbel_begins_around_the_best_of_its_random_prompts(target, monkeypatch):
-    """Each token kept with probability .8, the others alike; phi's rate is ours."""
+    """Each token is kept with probability .8; phi's rate is ours."""
     starts = spy(monkeypatch, faircon.Adversary, "start")
     attacks.gumbel(target, 20, 5, generator())
     adversary, phi = starts[-1]
     assert adversary.optimiser.param_groups[0]["lr"] == 3.
-    scored = target.score(attacks.random_prompts(target, 20, 5, generator()))
+    scored = attacks.random_prompts(target, 20, 5, generator())
     g = phi.argmax(-1).tolist()
     assert g == max(scored)[1] != min(scored)[1]
     p = (phi + target.model.mask).softmax(-1)                            # (L, V)
     assert torch.allclose(p[range(20), g], torch.tensor(.8), atol=1e-3)
-    assert (p[:, target.model.usable] > 0).all()
 
 
 def test_attacks_and_their_controls_start_together_and_keep_to_the_budget(monkeypatch):
@@ -205,10 +189,7 @@ def test_slope_is_the_derivative_of_the_gap(target, monkeypatch):
     for step in (-.01, .01):
         moved = one_hot.float()
         moved[2, 300] += step
-        with torch.no_grad():
-            logits = model(model.prefix(moved @ model.embed), target.questions)
-        p_m, p_f = model.p_yes(logits)
-        gaps.append((p_m - p_f).abs().mean().item())
+        gaps.append(target.gap(moved @ model.embed))
     quotient = (gaps[1] - gaps[0]) / .02
     assert slope[2, 300].item() == pytest.approx(quotient, rel=.05, abs=1e-4)
     monkeypatch.setattr(attacks, "AT_ONCE", 3)
@@ -217,21 +198,18 @@ def test_slope_is_the_derivative_of_the_gap(target, monkeypatch):
 
 def test_the_model_writes_what_it_would_without_a_cache(model):
     """Token by token, from the whole text each time; usable tokens only."""
-    ids = attacks.write(model, 3, 5, torch.Generator().manual_seed(1))
+    half = copy.copy(model)
+    half.mask = model.mask.clone()
+    half.mask[::2] = -torch.inf
+    ids = attacks.write(half, 3, 5, torch.Generator().manual_seed(1))
     draws = torch.Generator().manual_seed(1)
     x = model.prefix().expand(3, -1, -1)
     for k in range(5):
         with torch.no_grad():
             logits = model.run(x, DynamicCache())[:, -1]
-        p = (logits + model.mask).softmax(-1)
-        drawn = torch.multinomial(p, 1, generator=draws)
+        drawn = torch.multinomial((logits + half.mask).softmax(-1), 1, generator=draws)
         assert drawn[:, 0].tolist() == [text[k] for text in ids]
         x = torch.cat([x, model.embed[drawn]], 1)
-    masked = copy.copy(model)
-    masked.mask = torch.full_like(model.mask, -torch.inf)
-    masked.mask[[7, 8]] = 0.
-    ids = attacks.write(masked, 2, 9, draws)
-    assert {i for text in ids for i in text} == {7, 8}
 
 
 # ------------------------------------------------------------------ people
@@ -243,7 +221,8 @@ def people_of(text, data):
         row = adult.question(person).removesuffix("\nlabel:")
         known.update(row.removeprefix(adult.OPENING + " ").split(", "))
     found = []
-    text = text.replace(adult.INSTRUCTION, "")
+    assert text.startswith(adult.INSTRUCTION)
+    text = text.removeprefix(adult.INSTRUCTION)
     for line in text.replace("\nlabel:", ";").splitlines():
         row, label = line.removeprefix(adult.OPENING + " ").split("; ")
         parts = row.split(", ")
@@ -264,26 +243,21 @@ def test_climb_keeps_census_rows_and_only_rises(target, data):
         assert found.found == direction * target.leaning(found.text)
         begun = attacks.climb(target, direction, 6, 1, generator())
         assert begun.found < found.found, "the first is the worst, or nothing is kept"
-        assert found.text.startswith(adult.INSTRUCTION)
-        found = attacks.climb(target, direction, 32, 1, generator())
-        assert found.size["people"] > 20, "the context holds more people than that"
-        assert found.found > .2, "the bundled model follows them: a wrong sign"
+    many = attacks.climb(target, 1, 32, 1, generator())
+    assert 20 < many.size["people"] < 32, "as many as the context holds"
 
 
-def test_a_climb_goes_where_its_direction_says(target, monkeypatch):
-    """Up: only people of one education. Down: none. (In the place of the model.)"""
+def test_a_climb_replaces_people_as_long_as_that_helps(target, monkeypatch):
+    """Up to four people of one education. (In the place of the model.)"""
     def leaning(_, text):
-        return text.count("HS-grad")
+        return text.count("education HS-grad")
     monkeypatch.setattr(attacks.Target, "leaning", leaning)
-    for direction, least in ((1, 4), (-1, 0)):
-        found = attacks.climb(target, direction, 4, 400, generator())
-        assert found.text.count("education HS-grad") == least
-        assert found.found == direction * least
+    found = attacks.climb(target, 1, 4, 400, generator())
+    assert found.found == leaning(target, found.text) == 4
 
 
 def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
-    """And the bundled model follows it: its signed gap has the sign of b."""
-    size = {**SMALL, "people": (16, attacks.MOST), "most": 32, "only": ("16", "full")}
+    size = {**SMALL, "people": (16,), "most": 32, "only": ("16", "full")}
     for name, prompt in attacks.search_all(target, size, 0).items():
         lines = people_of(prompt.text, data)
         assert len(lines) == prompt.size["people"] >= 16
@@ -292,8 +266,6 @@ def test_few_shot_prompts_have_the_bias_that_their_name_says(target, data):
             rates.append(numpy.mean([y for other, y in lines if other == sex]))
         b = float(name.split("b = ")[1])
         assert rates[0] - rates[1] == pytest.approx(b, abs=.05), name
-        if abs(b) == 1:
-            assert b * target.leaning(prompt.text) > .2, name
     for b in (1., -1.):
         text = attacks.reworded(target, b, generator()).text
         favoured = adult.SEXES[b == -1.]
@@ -315,26 +287,20 @@ def test_equal_attacks_share_a_seed_whichever_are_wanted(target, monkeypatch):
     assert attacks.search_all(target, {}, 1)["a"] != a, "another seed"
 
 
-@pytest.mark.parametrize("work", (attacks.attack, attacks.short))
-def test_who_chooses_who_reports_and_who_stands_in_a_prompt(work, model, data, people,
+def test_who_chooses_who_reports_and_who_stands_in_a_prompt(model, data, people,
                                                             monkeypatch):
     """Validation people choose, test people report, people whom the run has not met
     stand in prompts."""
-    targets = []
-
-    def search_all(target, size, seed):
-        targets.append(target)
-        return {"full": attacks.Prompt("a", {})}
-    monkeypatch.setattr(attacks, "search_all", search_all)
+    prompts = {"full": attacks.Prompt("a", {})}
+    monkeypatch.setattr(attacks, "search_all", lambda *_: prompts)
+    searched = spy(monkeypatch, attacks, "search_all")
     measured = spy(monkeypatch, faircon, "measure")
-    if work is attacks.attack:
-        attacks.attack(model, people, data, SMALL, 0)
-    else:
-        attacks.short(model, data, people, 0, SMALL)
-    test = people.test[:8]
-    assert measured == [(model, test, "a")]
-    assert targets[0].questions == model.questions(people.validation[:5])
-    pool = {id(person) for person in targets[0].people}
+    attacks.short(model, data, people, 3, SMALL)
+    (target, size, seed), = searched
+    assert (size, seed) == (SMALL, 3)
+    assert measured == [(model, people.test[:8], "a")]
+    assert target.questions == model.questions(people.validation[:5])
+    pool = {id(person) for person in target.people}
     met = {id(person) for person in people.train + people.validation}
     assert not pool & met, "labelled people of training are no fresh attack"
     assert pool | met == {id(person) for person in data.train}
@@ -345,12 +311,13 @@ def test_the_largest_gap_is_kept(monkeypatch, model, data, people):
     found = {"16 people, b = 1": (.2, .9), "climb to men": (.1, .8),
              "climb to women": (.3, .6), "gumbel, 10 tokens": (.5, .7),
              "gumbel, 80 tokens": (.4, .9), '"A sentence"': (.1, .9)}
+    prompts = {name: attacks.Prompt(name, {}) for name in found}
 
-    def report(model, name, people):
-        gap, acc = found[name]
-        return {"gap": gap, "acc": acc, "signed_gap": -gap}
-    monkeypatch.setattr(attacks, "search_all", lambda *_: dict(zip(found, found)))
-    monkeypatch.setattr(attacks, "report", report)
+    def measure(model, people, context):
+        gap, acc = found[context]
+        return {"gap": gap, "acc": acc, "signed_gap": -gap, "flip": 0.}
+    monkeypatch.setattr(attacks, "search_all", lambda *_: prompts)
+    monkeypatch.setattr(faircon, "measure", measure)
     row = attacks.attack(model, people, data, SMALL, 0)
     assert (row["worst"], row["by"], row["lowest_acc"]) == (.5, "gumbel, 10 tokens", .6)
     assert attacks.short(model, data, people, 0) == {
@@ -416,7 +383,8 @@ def test_a_row_is_of_its_model_and_seed(finished, data, monkeypatch):
 
 
 def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypatch):
-    """Another budget, another run in the folder, another program: other rows."""
+    """Another budget, another run in the folder, another program: other rows. The file
+    keeps those of models that were attacked in the same way."""
     done = []
 
     def attack_model(config, key, seed, folder):
@@ -426,57 +394,47 @@ def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypat
     monkeypatch.setattr(attacks, "attack_model", attack_model)
 
     def computed(*words):
+        """How many rows are computed, and how many the file then has."""
         done.clear()
         command(finished, "--jobs", "1", *words)
-        return len(done)
-    assert computed() == 2
+        name = "attacks-own.json" if "--budget" in words else "attacks.json"
+        return len(done), len(runs.read_json(finished / name)["rows"])
+    assert computed() == (2, 2)
     assert done == [("not-trained", 0), ("not-trained", 1)], "others have no gap"
-    assert computed() == 0
-    assert computed("--budget", "3") == 2
-    assert computed() == 0, "what was computed is kept"
+    assert computed() == (0, 2)
+    assert computed("--budget", "3") == (2, 2)
+    assert computed() == (0, 2), "what was computed is kept"
     results = runs.read_json(finished / "results.json")
-    runs.write_json(finished / "results.json", {**results, "again": True})
-    assert computed() == 2, "another run"
+    results["rows"].append({"key": "robust", "seed": 0})
+    runs.write_json(finished / "results.json", results)
+    assert computed() == (3, 3), "another run"
+    assert computed("--models", "robust") == (0, 3), "the others stay"
     monkeypatch.setattr(attacks, "__file__", ablation.__file__)
-    assert computed() == 2, "another program"
-
-
-def test_attacking_one_model_keeps_the_rows_of_the_others(tmp_path):
-    """Unless they were attacked otherwise."""
-    file = tmp_path / "attacks.json"
-    a, b, again = [{"key": key, "seed": 0, "worst": x} for key, x in (
-        ("a", .1), ("b", .2), ("b", .3))]
-    assert attacks.with_earlier(file, "one way", [a, b]) == [a, b]
-    runs.write_json(file, {"config": {"how": "one way"}, "rows": [a, b]})
-    assert attacks.with_earlier(file, "one way", [again]) == [a, again]
-    assert attacks.with_earlier(file, "another", [again]) == [again]
+    assert computed("--models", "robust") == (1, 1), "another program"
 
 
 def test_flags_say_how_much_is_tried():
+    before = dict(attacks.SIZE)
     words = "x --budget 7 --most 8 --chosen-on 5 --test-rows 3".split()
     size = attacks.size_of(attacks.parser().parse_args(words))
-    assert (size["climb"], size["texts"], size["tokens"]) == (7, 7, 7)
-    assert (size["chosen_on"], size["test_rows"]) == (5, 3)
-    for _, search, arguments in attacks.plan(size, 99):
-        if search is attacks.few_shot:
-            assert arguments[0] <= 8
-        if search is attacks.climb:
-            assert arguments[1:] == (8, 7)
-    assert attacks.SIZE["most"] == 32, "a flag changes no constant"
+    assert size == {**before, "climb": 7, "texts": 7, "tokens": 7, "most": 8,
+                    "chosen_on": 5, "test_rows": 3}
+    assert attacks.SIZE == before, "a flag changes no constant"
+    asked = {name: arguments for name, _, arguments in attacks.plan(size, 99)}
+    assert asked["full, b = 0.5"] == (8, .5) and "16 people, b = 0.5" not in asked
+    assert asked["climb to women"] == (-1, 8, 7)
 
 
 def test_bad_input_is_one_sentence(finished):
-    results = runs.read_json(finished / "results.json")
-    table_1 = {**results["config"], "table": 1}
-    wrong = {"has no config": {"rows": results["rows"]},
-             "holds no model to attack": {**results, "rows": results["rows"][:1]},
-             "give a run of Table 3": {**results, "config": table_1}}
-    for said, content in wrong.items():
-        runs.write_json(finished / "wrong/results.json", content)
+    wrong = {"holds no robust": ("--models", "robust"), "make it even": ("--most", "5")}
+    for said, words in wrong.items():
         with pytest.raises(InputError, match=said):
-            command(finished / "wrong")
-    with pytest.raises(InputError, match="holds no robust"):
-        command(finished, "--models", "robust")
+            command(finished, *words)
+    results = runs.read_json(finished / "results.json")
+    del results["rows"][1:]
+    runs.write_json(finished / "results.json", results)
+    with pytest.raises(InputError, match="holds no model to attack"):
+        command(finished)
 
 
 def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):
@@ -491,26 +449,24 @@ def test_the_table_says_who_was_worst(capsys):
     """A gradient minus its own control; other wording is no few-shot draw."""
     rows = []
     for seed, gap in enumerate((.4, .1)):
-        gaps = {"full, b = -1": .2 + gap, "other wording, b = 1": .9,
+        gaps = {"16 people, b = -1": .2 + gap, "other wording, b = 1": .9,
                 "gcg, 10 tokens": gap, "control: gcg, 10 tokens": .2}
         found = {name: {"gap": x, "signed_gap": -x} for name, x in gaps.items()}
+        found["16 people, b = -1"]["people"] = 6
+        found["other wording, b = 1"]["people"] = 16
         rows.append({"key": "robust", "seed": seed, "attacks": found, "worst": gap,
                      "by": f"found {seed}", "lowest_acc": .5})
     attacks.show(rows, attacks.SIZE)
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    for line in ("worst gap .250±.212", "full, b = -1, p_m - p_f -.450±.212",
-                 "robust 0 .600 .400 found 0", "robust 1 .300 .100 found 1",
-                 "gcg, 10 tokens +0.050 1/2"):
-        assert line in said
-    rows[0]["attacks"] = {"16 people, b = 1": {"gap": .3, "people": 6}}
     rows[1]["attacks"] = {"climb to men": {"gap": .2}}
     attacks.show_worst(rows)
-    attacks.note_fewer(rows)
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "robust 0 .300 .400 found 0" in said
-    assert "robust 1 - .100 found 1" in said, "none was drawn: no number"
-    note = "note: 16 people, b = 1: the context or the data allows 6 people only"
-    assert note in said
+    for line in ("worst gap .250±.212", "16 people, b = -1, p_m - p_f -.450±.212",
+                 "robust 0 .600 .400 found 0", "robust 1 .300 .100 found 1",
+                 "gcg, 10 tokens +0.050 1/2", "robust 1 - .100 found 1"):
+        assert line in said
+    notes = [line for line in said if line.startswith("note: ")]
+    assert notes == ["note: 16 people, b = -1: the context or the data allows 6 people "
+                     "only"]
 
 
 # ------------------------------------------------------------------ the ablation
@@ -524,15 +480,10 @@ CONFIG = {"data": str(adult.TINY), "task": None, "rows": 16, "bpc": .5, "test_ro
 @pytest.fixture(scope="module")
 def variants():
     """Every variant trained, and what its parts were given -> {name: Namespace}."""
-    seen, calls = {}, [faircon.Game.__init__, faircon.Game.terms,
-                       faircon.Adversary.start, faircon.measure]
-    begin, terms, start, measure = calls
-
-    def see_game(game, *args):
-        begin(game, *args)
-        now.game = game
+    seen, terms, start = {}, faircon.Game.terms, faircon.Adversary.start
 
     def see_prompt(game, g, batch):
+        now.game = game
         now.prompts[game.done].append(g)
         return terms(game, g, batch)
 
@@ -540,25 +491,19 @@ def variants():
         now.starts.append(len(phi))
         start(adversary, phi)
 
-    def see_model(model, people, **more):
-        now.measured = people
-        now.theta = [p.detach().clone() for p in lora.theta(model.model)]
-        now.layers = lora.adapters(model.model).values()
-        now.merged = [layer.original is not None for layer in now.layers]
-        return measure(model, people, **more)
-
     def see_attack(model, data, people, seed):
         now.attacked = (people, seed)
-        assert all(layer.original is not None for layer in now.layers), "not merged"
+        now.theta = [p.detach().clone() for p in lora.theta(model.model)]
+        now.measured = faircon.measure(model, people.test)
+        for layer in lora.adapters(model.model).values():
+            assert layer.original is not None, "not merged"
         return {"climb": .5}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faircon.Game, "__init__", see_game)
         patch.setattr(faircon.Game, "terms", see_prompt)
         patch.setattr(faircon.Adversary, "start", see_start)
-        patch.setattr(faircon, "measure", see_model)
         patch.setattr(attacks, "short", see_attack)
         for name in ablation.VARIANTS:
-            now = types.SimpleNamespace(prompts=[[], []], starts=[], game=None)
+            now = types.SimpleNamespace(prompts=[[], []], starts=[])
             now.row, = ablation.run_variant(CONFIG, name, 3, "nowhere")
             seen[name] = now
     return seen
@@ -568,11 +513,9 @@ def test_a_variant_is_measured_as_table_3_measures_its_row(variants, data):
     """SWA's average, merged, on test rows; attacked with the same split and seed."""
     people = adult.split(data, 16, .5, 16, 3)
     for name, seen in variants.items():
-        assert (seen.row["key"], seen.row["seed"]) == (name, 3)
-        assert seen.measured == people.test
-        assert all(seen.merged)
+        wanted = {"key": name, "seed": 3, "climb": .5, **seen.measured}
+        assert wanted.items() <= seen.row.items()
         assert seen.attacked == (people, 3)
-        assert seen.row["climb"] == .5
         assert seen.game.people == people.train
         assert seen.game.swa.n == 4
         for p, mean in zip(seen.theta, seen.game.swa.average, strict=True):
@@ -588,22 +531,18 @@ def test_a_variant_differs_in_what_its_title_says_and_in_nothing_else(variants):
 
 
 def test_variants_meet_the_prompts_that_their_title_says(variants):
-    """Two batches a round; a sample of phi and shots for each, or some of that."""
-    for name in ("robust", "no-steps", "two-shots"):
-        for prompts in variants[name].prompts:
-            assert len(prompts) == 4, name
+    """Two batches a round, each with a sample of phi and shots, or one of that."""
+    for name, seen in variants.items():
+        assert len(seen.starts) == 3, "phi begins anew in each round"
+        for prompts, length in zip(seen.prompts, seen.starts[1:]):
+            both = name in ("robust", "no-steps", "two-shots")
+            assert len(prompts) == (4 if both else 2), name
+            assert (len(prompts[0]) == length) == (name != "two-shots"), name
     for name in ("adversary", "noise"):
         for a, b in variants[name].prompts:
-            assert len(a) == len(b) and a != b, f"{name}: a fresh sample at each step"
+            assert a != b, f"{name}: a fresh sample at each step"
     (a, b), (c, d) = variants["one-sample"].prompts
-    assert a == b and c == d and a != c, "one sample a round"
-
-
-def test_phi_begins_anew_at_a_length_of_its_own_each_round(variants):
-    for name, seen in variants.items():
-        assert len(seen.starts) == 3, name
-        for prompts, length in zip(seen.prompts, seen.starts[1:]):
-            assert (len(prompts[0]) == length) == (name != "two-shots"), name
+    assert a == b != c == d, "one sample a round"
 
 
 def test_a_variant_does_not_depend_on_what_ran_before_it(variants, monkeypatch):
@@ -620,17 +559,14 @@ def test_differences_are_paired_by_seed(capsys):
     """Hand-computed: differences .1, .2, .3: mean .2, t = .2 / (.1 / sqrt 3) = 3.5."""
     rows = []
     for seed, more in ((1, .1), (2, .2), (3, .3)):
-        rows.append({"key": "noise", "seed": seed, "acc": .5 + seed + more, "dpd": .1,
-                     "gap": 1. - more, "climb": .5 * seed})
-        theirs = {"seed": seed, "acc": .5 + seed, "dpd": .1, "gap": 1., "climb": seed}
-        rows.insert(0, {**theirs, "key": "adversary"})
-    ablation.show_differences(rows, ("ACC", "gap", "climb"))
+        theirs = {"key": "adversary", "seed": seed, "acc": .5 + seed, "gap": 1.}
+        ours = {"key": "noise", "seed": seed, "acc": .5 + seed + more, "gap": 1. - more}
+        rows += [theirs, ours]
+    ablation.show_differences(rows, ("ACC", "gap"))
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.split() == ["noise", "-", "adversary", "+0.200", "(3.5)", "3/3",
-                            "-0.200", "(-3.5)", "0/3", "-1.000", "(-3.5)", "0/3"]
-    ours, theirs = {1: {"gap": .5}}, {1: {"gap": .25}}
-    assert ablation.difference(ours, theirs, "gap") == "+0.250 (-) 1/1"
-    assert ablation.difference(ours, theirs, "climb") == "-", "it was not attacked"
+                            "-0.200", "(-3.5)", "0/3"]
+    assert ablation.difference(rows[1:2], rows[:1], "acc") == "+0.100 (-) 1/1"
 
 
 def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
@@ -643,15 +579,15 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
         return [{"key": key, "seed": seed, **values} for _, key, seed in asked]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "run_jobs", no_work)
-    for words in (["--seed", "5"], ["--only", "noise", "--seeds", "2", "--test-rows",
-                                    "24", "--seed", "1", "--name", "b"]):
+    flags = "--only noise --seeds 2 --test-rows 24 --seed 1 --name b".split()
+    for words in (["--seed", "5"], flags):
         args = runs.parse(ablation.parser(), ["--data", str(adult.TINY), *words])
         ablation.run(args)
     config, data = jobs[0][0], adult.load(adult.TINY)
     assert config["test_rows"] == train.enough(data.test, .5, 1000)
     assert (config["game"], config["rows"], config["bpc"]) == (train.DEFAULTS, 200, .5)
-    first = [(name, 5) for name in ablation.VARIANTS]
-    second = [("noise", seed) for seed in (1, 2)]
-    assert [(name, seed) for _, name, seed in jobs] == first + second
+    every = [(name, 5) for name in ablation.VARIANTS]
+    asked = [(name, seed) for _, name, seed in jobs]
+    assert asked == [*every, ("noise", 1), ("noise", 2)]
     assert jobs[-1][0]["test_rows"] == 24
     assert runs.read_json("runs/b/results.json")["summary"]["noise"]["climb"]
