@@ -11,10 +11,10 @@
 """
 import multiprocessing
 import sys
-import time
 
 import numpy
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import adult
@@ -37,24 +37,16 @@ class Straight(LanguageModel):
         return found.view(len(questions), -1, found.shape[-1]).transpose(0, 1)
 
 
+def timed(step, seconds=5.):
+    """As many steps as fit in `seconds`, after a first -> .mean, .times (seconds)."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds)
+
+
 def matrix_rate(device, dtype, n=1024):
-    """GFLOP/s of an n x n matrix product, the best of ten."""
+    """GFLOP/s of an n x n matrix product, the best of many."""
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = min(timed(lambda: a @ a, device, 0.) for _ in range(10))
-    return 2 * n ** 3 / best / 1e9
-
-
-def timed(step, device, seconds=5.):
-    """Seconds of one `step`, mean over as many as fit in `seconds`, after a first."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    step()
-    synchronise()
-    began, n = time.perf_counter(), 0
-    while n == 0 or time.perf_counter() - began < seconds:
-        step()
-        synchronise()
-        n += 1
-    return (time.perf_counter() - began) / n
+    return 2 * n ** 3 / min(timed(lambda: a @ a, .2).times) / 1e9
 
 
 def peak_gb():
@@ -97,8 +89,7 @@ def cost_of_steps(args, way, batch_size):
     def theta():
         game.theta_step(batches.pop())
 
-    seconds_phi = timed(phi, model.device)
-    seconds_theta = timed(theta, model.device)
+    seconds_phi, seconds_theta = timed(phi).mean, timed(theta).mean
     with FlopCounterMode(display=False) as counter:
         theta()
     rate = matrix_rate(model.device, model.dtype)
@@ -119,7 +110,7 @@ def cost_of_shots(args, way, shots):
     def evaluate():
         model(prefix, questions)
 
-    return {"people": people / timed(evaluate, model.device), "gb": peak_gb()}
+    return {"people": people / timed(evaluate).mean, "gb": peak_gb()}
 
 
 def alone(work, *given):
