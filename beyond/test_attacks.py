@@ -339,6 +339,10 @@ def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):
     for name in ("random search", "written search"):
         with pytest.raises(InputError, match="survives"):
             attacks.TOKEN_ATTACKS[name](target, 4, 2, generator())
+    monkeypatch.setattr(attacks, "random_prompts", lambda *_: [(0., [1, 2])])
+    for name in ("gcg", "gumbel"):
+        prompt = attacks.TOKEN_ATTACKS[name](target, 2, 13, generator())
+        assert prompt.found == 0, f"{name} keeps what is no text"
 
 
 # ------------------------------------------------------------------ the command
