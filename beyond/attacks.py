@@ -189,7 +189,9 @@ def climb(target, direction, most, budget, rng):
         people.pop()
     text = in_front(people)
     best, spent = direction * target.leaning(text), 1
-    while spent < budget:
+    for _ in range(100 * budget):                # not for ever: a move may do nothing
+        if spent == budget:
+            break
         others = move(people, pool, rng)
         changed = in_front(others)
         if changed != text and target.fits(changed):
