@@ -13,20 +13,22 @@ run: what is in it is not computed again, and nothing that was computed is lost.
     python -m beyond.runs predict runs/NAME people.csv      # ask one about other people
 """
 import argparse
-import concurrent.futures
-import difflib
+import io
 import json
-import math
 import multiprocessing
 import os
 import pathlib
+import pickle
+import platform
 import signal
 import sys
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
+import numpy
 from filelock import FileLock, Timeout
 
 import adult
@@ -41,13 +43,7 @@ SHOWN = ("acc", "dpd", "deo", "gap", "flip")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One sentence; for an unknown flag, what was probably meant."""
-        if message.startswith("unrecognized arguments: "):
-            wrong = message.split(": ")[1].split()[0].split("=")[0]
-            close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            hint = f"did you mean {close[0]}?" if close else "see --help."
-            message = f"{wrong} is unknown; {hint}"
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise InputError(f"{message}; see --help.")
 
 
 def count(text):
@@ -64,7 +60,7 @@ def seed(text):
 
 
 def folder_name(text):
-    if pathlib.PurePath(text).name != text or text in ("", ".", "..") or "\\" in text:
+    if pathlib.PurePath(text).name != text or text in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain folder name")
     return text
 
@@ -87,15 +83,12 @@ def parse(parser, argv):
         if flag.startswith("-") and flag.split("=")[0] not in BESIDE_RESUME:
             raise InputError(f"--resume takes the flags that {name} was started with; "
                              f"leave out {flag}, or begin another run.")
-    folder = pathlib.Path("runs") / name
-    if not (folder / "run.json").exists():
-        raise InputError(f"there is no run in {folder}; leave out --resume.")
-    run = read_json(folder / "run.json")
-    began = run.get("argv")
-    if not isinstance(began, list) or not all(isinstance(a, str) for a in began):
-        raise InputError(f"{folder}/run.json has no argv: not this program's.")
-    model = flatten(run).get("config model")
-    dtype = ["--dtype", model[1]] if isinstance(model, list) and model[1:] else []
+    path = pathlib.Path("runs") / name / "run.json"
+    run = read_json(path)
+    if not fits(run, {"argv": [str], "config": dict}):
+        raise InputError(f"{path} has no argv and config: not this program's.")
+    began, model = run["argv"], run["config"].get("model")        # ablation: no model
+    dtype = ["--dtype", model[1]] if model else []
     args = parser.parse_args([*began, *dtype, *argv])            # the last one counts
     args.argv, args.name = began, name
     return args
@@ -108,8 +101,7 @@ def one_sentence(program):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)         # as Ctrl-C does
     try:
         yield
     except InputError as problem:
@@ -121,18 +113,14 @@ def one_sentence(program):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"{program}: {error.filename or 'a file'}: {error.strerror or error}; "
-                 "what is finished is kept, --resume NAME goes on.")
+        path = error.filename2 or error.filename or "a file"    # 2: a new name
+        sys.exit(f"{program}: {path}: {error.strerror or error}; what is finished is "
+                 "kept, --resume NAME goes on.")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if "memory" not in repr(error).lower():
             raise
         sys.exit(f"{program}: out of memory; lower --jobs, --batch-size or --shots, or "
                  "use --dtype bfloat16 or a smaller --model.")
-
-
-def interrupt(*_):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def say(text):
@@ -146,7 +134,7 @@ def write(path, content):
     """Bytes or text to a temporary name, flushed, renamed: whole or not there."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.parent / f"{path.name}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -158,16 +146,9 @@ def write(path, content):
 
 
 def write_json(path, value):
-    write(path, json.dumps(without_nan(value), indent=1, allow_nan=False))
-
-
-def without_nan(value):
     """NaN is no JSON: null in its place."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    value = json.loads(json.dumps(value), parse_constant=lambda nan: None)
+    write(path, json.dumps(value, indent=1))
 
 
 def read_json(path, kind=dict):
@@ -176,7 +157,7 @@ def read_json(path, kind=dict):
         value = json.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the folder "
-                         "of a finished run, such as runs/default.") from None
+                         "of a run, such as runs/default.") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON; it is not a file of this program, or it "
                          "was damaged: run again under another --name.") from None
@@ -196,8 +177,6 @@ def write_people(path, people, p):
 
 def versions():
     """What computes: another version, or CPU, may give other last digits."""
-    import platform
-    import numpy
     import torch
     import transformers
     return {"torch": torch.__version__, "numpy": numpy.__version__,
@@ -215,27 +194,19 @@ def open_run(args, depends_on):
     args: name, resume, argv. depends_on: JSON that a resumed run must share, compared
     entry by entry. A finished run of the same name is left alone: another is chosen.
     """
-    name = args.name if args.resume else free(args.name)
-    folder = pathlib.Path("runs") / name
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / "lock", timeout=0))
+    folder = pathlib.Path("runs") / (args.resume or free(args.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
             begin(folder, args, depends_on)
-        except Timeout:
-            raise InputError(f"another process is writing {folder}; wait for it, or "
-                             "give another --name.") from None
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written ({error.strerror}); free it, "
-                             "or change --name or the current folder.") from None
-        yield folder
+            yield folder
+    except Timeout:
+        raise InputError(f"another process is writing {folder}; wait for it, or give "
+                         "another --name.") from None
 
 
 def begin(folder, args, depends_on):
-    """Note what a new run depends on, compare it when one goes on.
-
-    Raises InputError.
-    """
+    """Note what a new run depends on, compare it when one goes on."""
     if args.resume:
         compare(folder, depends_on)
     elif list(folder.glob("*/rows.json")) + list(folder.glob("*/state.pt")):
@@ -244,7 +215,7 @@ def begin(folder, args, depends_on):
     else:
         write_json(folder / "run.json", {"argv": args.argv, **depends_on})
     for part in folder.rglob("*.part"):              # of a process that was killed
-        part.unlink(missing_ok=True)
+        part.unlink()
 
 
 def finish(folder, results):
@@ -255,14 +226,14 @@ def finish(folder, results):
 
 def free(name):
     """NAME, or NAME-2, NAME-3 ... where a finished run has it."""
-    names = [name, *(f"{name}-{k}" for k in range(2, 1000))]
-    for other in names:
-        if not (pathlib.Path("runs") / other / "results.json").exists():
-            if other != name:
-                say(f"note: runs/{name} holds a finished run, which stays; this one is "
-                    f"runs/{other}")
-            return other
-    raise InputError(f"there are a thousand runs of the name {name}; give another.")
+    other, k = name, 1
+    while (pathlib.Path("runs") / other / "results.json").exists():
+        k += 1
+        other = f"{name}-{k}"
+    if other != name:
+        say(f"note: runs/{name} holds a finished run, which stays; this one is "
+            f"runs/{other}")
+    return other
 
 
 def compare(folder, depends_on):
@@ -271,21 +242,21 @@ def compare(folder, depends_on):
     Another machine (its versions, its processor) is said, and is no error; model and
     data are compared by their sha256, and the dtype is the run's.
     """
-    flat, saved = [flatten({**run, "data": list(run.get("data", {}).values())})
-                   for run in (depends_on, read_json(folder / "run.json"))]
+    now, saved = [flatten({**run, "data": list(run.get("data", {}).values())})
+                  for run in (depends_on, read_json(folder / "run.json"))]
     saved.setdefault("config chat", False)                       # older runs: no field
-    for name in flat:
+    for name in now:
+        was = saved.get(name)
         moved = name in ("config model", "config data", "config task")
-        if moved or flat[name] == saved.get(name):
+        if moved or now[name] == was:
             continue
         if name == "model computed in" or name.startswith("versions "):
-            say(f"note: {name} was {saved.get(name)} and is now {flat[name]}; last "
-                "digits may differ")
+            say(f"note: {name} was {was} and is now {now[name]}; last digits may "
+                "differ")
         else:
-            raise InputError(
-                f"the run in {folder} was started with another {name} "
-                f"({str(saved.get(name))[:40]}, now {str(flat[name])[:40]}); "
-                "use the same, or begin another run.")
+            raise InputError(f"the run in {folder} was started with another {name} "
+                             f"({was!s:.40}, now {now[name]!s:.40}); use the same, or "
+                             "begin another run.")
 
 
 def flatten(value, prefix=""):
@@ -302,16 +273,14 @@ def flatten(value, prefix=""):
 
 def save_state(game, history, folder):
     """What a resumed game needs to go on bit for bit: data only, no code in it."""
-    import io
     import torch
     state = {"done": game.done, "history": history,
              "theta": [p.detach() for p in game.theta],
              "optimiser": game.optimiser.state_dict(),
              "swa": (game.swa.average, game.swa.n),
              "rng": game.rng.bit_generator.state,
-             "generator": game.generator.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+             "generator": game.generator.get_state(), "torch": torch.get_rng_state(),
+             "cuda": torch.cuda.get_rng_state_all()}
     if game.adversary:
         state["phi"] = game.adversary.phi.detach()
         state["phi_optimiser"] = game.adversary.optimiser.state_dict()
@@ -325,26 +294,15 @@ def load_state(game, folder):
 
     Opening the file runs no code. Raises InputError.
     """
-    import pickle
     import torch
     path = folder / "state.pt"
+    if not path.exists():
+        return []
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        restore(game, state)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give yourself the "
-                         "right to read it.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
-            TypeError, AttributeError):
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
         raise InputError(f"{path} is damaged; delete it, and --resume begins that "
                          "model again.") from None
-    return state["history"]
-
-
-def restore(game, state):
-    import torch
     for p, saved in zip(game.theta, state["theta"], strict=True):
         p.data.copy_(saved)
     game.optimiser.load_state_dict(state["optimiser"])
@@ -356,9 +314,10 @@ def restore(game, state):
     game.rng.bit_generator.state = state["rng"]
     game.generator.set_state(state["generator"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.device_count() == len(state.get("cuda", ())) > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.device_count() == len(state.get("cuda", ())):   # of before: no cuda
+        torch.cuda.set_rng_state_all(state.get("cuda", ()))
     game.done = state["done"]
+    return state["history"]
 
 
 # ------------------------------------------------------------------ several processes
@@ -374,36 +333,24 @@ def run_jobs(work, jobs, workers, folder):
         done = [do(work, job, folder) for job in jobs]
     else:
         done = in_processes(work, jobs, workers, folder)
-    rows = []
-    for some in done:
-        rows += some
-    return rows
+    return sum(done, [])
 
 
 def do(work, job, folder):
     """A job's rows, from its folder if they are there."""
     config, key, seed = job
     place = pathlib.Path(folder) / f"{key}-{seed}"
-    if (place / "rows.json").exists():
-        rows = read_json(place / "rows.json", list)
-        for row in rows or [None]:
-            if not isinstance(row, dict) or row.get("seed") != seed or "key" not in row:
-                raise InputError(f"{place}/rows.json is damaged; delete it, and "
-                                 "--resume makes it again.")
-        (place / "state.pt").unlink(missing_ok=True)       # killed before it could go
-        return rows
-    rows = without_nan(work(config, key, seed, folder))
-    write_json(place / "rows.json", rows)
+    if not (place / "rows.json").exists():
+        write_json(place / "rows.json", work(config, key, seed, folder))
     (place / "state.pt").unlink(missing_ok=True)
-    return rows
+    return read_json(place / "rows.json", list)
 
 
 def in_processes(work, jobs, workers, folder):
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
+    with ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
         try:
-            with deaf():
-                futures = [pool.submit(do, work, job, folder) for job in jobs[::-1]]
+            futures = submit(pool, work, jobs[::-1], folder)
             return [future.result() for future in futures[::-1]]
         except BaseException as problem:
             for worker in multiprocessing.active_children():
@@ -417,17 +364,13 @@ def in_processes(work, jobs, workers, folder):
             raise
 
 
-@contextmanager
-def deaf():
-    """Inside, Ctrl-C waits; a process that is begun here never hears it."""
-    if not hasattr(signal, "pthread_sigmask"):                   # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def submit(pool, work, jobs, folder):
+    """Begins the workers, too. They inherit that Ctrl-C is ignored here."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        yield
+        return [pool.submit(do, work, job, folder) for job in jobs]
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def begin_worker():
@@ -440,8 +383,6 @@ def begin_worker():
     tqdm.set_lock(threading.RLock())
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     warnings.filterwarnings("ignore", "b_Pc = .* is not exact")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
     def watch():
@@ -469,9 +410,9 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     import lora
     from beyond.load import load_model
     folder = pathlib.Path(folder)
-    results = read_json(folder / "results.json")
+    results = read_run(folder)
     row = find_row(results, folder, key, seed)
-    name, trained_in, _ = results["config"]["model"]
+    name, trained_in, *_ = results["config"]["model"]
     tasks.of_run(results, task)
     chat = results["config"].get("chat", False)                  # older runs: no field
     model = load_model(model_path or name, dtype or trained_in, device, chat)
@@ -484,16 +425,8 @@ def load_run(folder, key="robust", seed=None, model_path=None, device="auto",
     return model, row, results
 
 
-# What is read of a run's file, and of what kind it is.
-FIELDS = {
-    "config": {"table": int, "prompt_only": bool, "model": list, "rows": int,
-               "bpc": float, "test_rows": int, "shots": int},
-    "model": {"sha256": str}, "data": {"sha256": dict}}
-
-
 def find_row(results, folder, key, seed):
-    """The row of one model and seed (None: the first), its fields checked."""
-    check(results, folder)
+    """The row of one model and seed (None: the first). Raises InputError."""
     for row in results["rows"]:
         if row["key"] == key and seed in (None, row["seed"]):
             return row
@@ -502,45 +435,40 @@ def find_row(results, folder, key, seed):
     raise InputError(f"{folder} holds no {which}; it holds {', '.join(keys)}.")
 
 
-def check(results, folder):
-    """InputError for a file of another kind; it may be anybody's.
-
-    A row's key and seed end up in a path.
-    """
-    for part, kinds in FIELDS.items():
-        for name, kind in kinds.items():
-            inner = results.get(part)
-            if not isinstance(inner, dict) or not isinstance(inner.get(name), kind):
-                raise InputError(f"{folder}/results.json has no {part} {name}; it is "
-                                 "not a file of this program, or of an older one: run "
-                                 "again.")
-    for name in ("data", "task"):
-        path = results["config"].get(name)
-        if not isinstance(path, (str, type(None))) or "\0" in (path or ""):
-            raise InputError(f"{folder}/results.json's config {name} is no path.")
-    if [type(part) for part in results["config"]["model"]] != [str] * 3:
-        raise InputError(f"{folder}/results.json's config model is not a name, a dtype "
-                         "and a device; it is not a file of this program.")
-    rows = results.get("rows")
-    for row in rows if isinstance(rows, list) and rows else [None]:
-        whole = isinstance(row, dict) and isinstance(row.get("seed"), int)
-        if not whole or not plain(row.get("key")) or row["seed"] < 0:
-            raise InputError(f"{folder}/results.json has a row without key and seed; "
-                             "it is not a file of this program.")
+PATH = (str, type(None))
+SHAPE = {                     # what is read of results.json
+    "config": {"table": int, "prompt_only": bool, "model": [str], "rows": int,
+               "bpc": float, "test_rows": int, "shots": int, "data": PATH,
+               "task": PATH},
+    "model": {"sha256": str}, "data": {"sha256": dict},
+    "rows": [{"key": str, "seed": int}]}
 
 
-def plain(key):
-    """Whether it may be a part of a path: not "../x"."""
-    return isinstance(key, str) and key not in ("", "..") and not set(key) & set("/\\")
+def fits(value, shape):
+    """Whether a value of JSON has the fields of `shape`, of its kinds."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value.get(name), inner) for name, inner in shape.items())
+    if isinstance(shape, list):                          # [kind]: any number of them
+        return isinstance(value, list) and all(fits(x, shape[0]) for x in value)
+    return isinstance(value, shape)
 
 
 def read_run(folder):
-    """results.json of a finished run of Table 3, its fields checked.
+    """results.json of a finished run of Table 3; it may be anybody's.
 
-    Raises InputError.
+    Raises InputError. A row's key ends up in a path: it is not "../x".
     """
-    results = read_json(pathlib.Path(folder) / "results.json")
-    check(results, folder)
+    path = pathlib.Path(folder) / "results.json"
+    results = read_json(path)
+    for part, shape in SHAPE.items():
+        if not fits(results.get(part), shape):
+            raise InputError(f"{path} has no {part} as this program writes it; it is "
+                             "another's, or an older one's: run again.")
+    for row in results["rows"]:
+        if pathlib.PurePath(row["key"]).name != row["key"]:
+            raise InputError(f"{path} has the key {row['key']!r}; it is not a file of "
+                             "this program.")
     if results["config"]["table"] != 3 or results["config"]["prompt_only"]:
         raise InputError(f"{folder} holds no models; give a run of Table 3.")
     return results
@@ -551,8 +479,8 @@ def load_data(results, data=None, task=None):
 
     data, task: where its files are now, if not where they were.
     """
-    was = results["config"]
-    loaded = tasks.load(task or was.get("task"), data or was.get("data"))
+    config = results["config"]
+    loaded = tasks.load(task or config.get("task"), data or config.get("data"))
     if list(loaded.sha256.values()) != list(results["data"]["sha256"].values()):
         raise InputError(f"the data ({loaded.source}) is not the run's "
                          f"({results['data'].get('source')}): another sha256; give the "
@@ -568,75 +496,76 @@ def main(argv=None):
         measure_again(argv)
 
 
-def again_parser():
-    parser = Parser(prog="beyond.runs", description="Measure the models of a finished "
-                    "run again, on its own test rows. (`predict --help`: ask one about "
-                    "other people.)")
+def parser_of(prog, description):
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("run", help="the run's folder, such as runs/default")
-    parser.add_argument("--data", metavar="PATH", help="where its data is now")
     parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
     parser.add_argument("--model", metavar="DIR", help="where its base model is now")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--models", nargs="+", metavar="KEY", help="only these")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="measure in another one than the run's, and print means")
     return parser
 
 
 def measure_again(argv):
     """Measure a finished run's models. Raises InputError if a number is another."""
-    args = again_parser().parse_args(argv)
+    parser = parser_of("beyond.runs", "Measure the models of a finished run again, on "
+                       "its own test rows. (`predict --help`: ask one about others.)")
+    parser.add_argument("--data", metavar="PATH", help="where its data is now")
+    parser.add_argument("--models", nargs="+", metavar="KEY", help="only these")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="measure in another one than the run's, and print means")
+    args = parser.parse_args(argv)
     import train
-    from beyond import report
-    results = read_run(args.run)
+    results, different, rows = read_run(args.run), 0, []
+    config = results["config"]
     data = load_data(results, args.data, args.task)
-    config, different, rows = results["config"], 0, []
     for key in args.models or ():
         find_row(results, args.run, key, None)
-    print(f"{'model':<16} seed   " + "  ".join(f"{name:>9}" for name in SHOWN)
-          + "   largest change")
-    for saved in results["rows"]:
-        key, seed = saved["key"], saved["seed"]
+    say(line("model", "seed", SHOWN) + "   largest change")
+    for row in results["rows"]:
+        key, seed = row["key"], row["seed"]
         if args.models and key not in args.models:
             continue
-        for name in SHOWN:
-            if not isinstance(saved.get(name), float):
-                raise InputError(f"{args.run}/results.json has no number {name} of "
-                                 f"{key}; it is not a file of this program.")
-        model, row, _ = load_run(args.run, key, seed, args.model, args.device,
-                                 args.dtype, args.task)
+        if not fits(row, dict.fromkeys(SHOWN, float)):
+            raise InputError(f"{args.run} has no numbers {SHOWN} of {key}.")
+        model, _, _ = load_run(args.run, key, seed, args.model, args.device,
+                               args.dtype, args.task)
         people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
         again = train.evaluate(train.answers_of(model, key, people.test), people.test)
-        rows.append({"key": key, **again})
+        rows.append({"key": key, "seed": seed, **again})
         changes = [abs(again[name] - row[name]) for name in SHOWN]
         different += max(changes) != 0
-        print(f"{key:<16} {seed:<6} "
-              + "  ".join(f"{again[name]:9.4f}" for name in SHOWN)
-              + f"   {max(changes):.1e}", flush=True)
+        numbers = line(key, seed, [f"{again[name]:.4f}" for name in SHOWN])
+        say(f"{numbers}   {max(changes):.1e}")
     if args.dtype:
-        for key, means in report.summary(rows).items():
-            cells = [report.cell(means[name], config["seeds"]) for name in SHOWN]
-            print(f"{key:<16} mean   " + "  ".join(f"{cell:>9}" for cell in cells))
-        return
-    if different:
+        show_means(rows)
+    elif different:
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")
-    print(f"every saved number of {len(rows)} models came out again, exactly (no "
-          "prompt; `python -m beyond.attacks` repeats attacks)")
+    else:
+        say(f"every saved number of {len(rows)} models came out again, exactly (no "
+            "prompt; `python -m beyond.attacks` repeats attacks)")
+
+
+def line(key, seed, cells):
+    return f"{key:<16} {seed:<6} " + "  ".join(f"{cell:>9}" for cell in cells)
+
+
+def show_means(rows):
+    from beyond import report
+    seeds = {row["seed"] for row in rows}
+    for key, means in report.summary(rows).items():
+        cells = [report.cell(means[name], len(seeds)) for name in SHOWN]
+        say(line(key, "mean", cells))
 
 
 def predict(argv):
     """Ask a finished run's model about the people of a CSV file."""
-    parser = Parser(prog="beyond.runs predict", description="Ask a model of a finished "
-                    "run about the people of a CSV file, each as a man and as a woman "
-                    "(p_m, p_f). Their labels need not be known.")
-    parser.add_argument("run", help="the run's folder, such as runs/default")
+    parser = parser_of("beyond.runs predict", "Ask a model of a finished run about the "
+                       "people of a CSV file, each as a man and as a woman (p_m, p_f). "
+                       "Their labels need not be known.")
     parser.add_argument("people", help="Adult's columns: see beyond/people.py")
     parser.add_argument("--key", default="robust", help="a model of Table 3 (robust)")
     parser.add_argument("--seed", type=seed, metavar="N", help="(the run's first)")
-    parser.add_argument("--task", metavar="FILE.json", help="where its task is now")
-    parser.add_argument("--model", metavar="DIR", help="where its base model is now")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="FILE", type=pathlib.Path,
                         help="all answers (runs/NAME/MODEL-SEED/PEOPLE-answers.csv)")
     args = parser.parse_args(argv)
@@ -650,12 +579,7 @@ def predict(argv):
     if out.resolve() == pathlib.Path(args.people).resolve():
         raise InputError(f"{out} holds the people; give another --out.")
     p = train.answers_of(model, args.key, people)                        # (N, 2)
-    try:
-        write_people(out.resolve(), people, p)           # a link's file, not the link
-    except (OSError, ValueError) as error:               # ValueError: / has no name
-        why = getattr(error, "strerror", error)
-        raise InputError(f"{out} cannot be written ({why}); give another "
-                         "--out.") from None
+    write_people(out.resolve(), people, p)               # a link's file, not the link
     print(" row     p_m       p_f   who")
     for i, (person, (p_m, p_f)) in enumerate(zip(people[:20], p), 1):
         known = dict(zip(adult.COLUMNS, person.values))
