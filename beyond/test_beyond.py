@@ -814,7 +814,7 @@ def gone(pids, seconds=10):
 def test_however_it_ends_no_worker_stays(how, tmp_path):
     """Ctrl-C goes to the whole group, at any moment; others to the parent alone."""
     ignored = signal.SIG_IGN if "nohup" in how else signal.SIG_DFL
-    process = sleeper(tmp_path, 30, ignored)
+    process = sleeper(tmp_path, 90, ignored)         # longer than the timeout below
     workers = [int(process.stdout.readline()) for _ in range(2)]
     if how == "ctrl-c":
         for worker in workers:
