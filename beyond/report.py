@@ -13,7 +13,6 @@ A picture goes into the run's folder, or to --out; it needs matplotlib.
 """
 import argparse
 import csv
-import io
 import pathlib
 import re
 
@@ -204,15 +203,15 @@ def rounds(args, axes):
 def curve(args, axes):
     """Accuracy on validation rows after each round, a thin line a seed, thick: mean."""
     import train
-    colours = iter(range(100))
-    for key, rows in rows_of(args).items():
-        curves = [[now["acc"] for now in row.get("history", ())] for row in rows]
-        if not all(curves):
-            continue
-        colour, n = f"C{next(colours)}", range(1, len(curves[0]) + 1)
-        for accuracies in curves:
-            axes.plot(n, accuracies, color=colour, lw=.6, alpha=.6)
-        axes.plot(n, numpy.mean(curves, axis=0), color=colour, lw=2.4,
+    groups = rows_of(args)
+    trained = [key for key in groups if "history" in groups[key][0]]
+    for k, key in enumerate(trained):
+        curves = []
+        for row in groups[key]:
+            curves.append([now["acc"] for now in row["history"]])
+            n = range(1, len(curves[-1]) + 1)
+            axes.plot(n, curves[-1], color=f"C{k}", lw=.6, alpha=.6)
+        axes.plot(n, numpy.mean(curves, axis=0), color=f"C{k}", lw=2.4,
                   label=train.MODELS[key].title)
     axes.set(xlabel="round of the game", ylabel="accuracy, 100 validation rows")
 
@@ -243,12 +242,10 @@ def rows_of(args):
 
 def table(args):
     """Every number of a run: mean and spread over seeds, then each seed's."""
-    if args.out is not None:
-        return write_csv(args)
     for key, rows in rows_of(args).items():
         seen = {}
         for row in rows:
-            for name, value in [*numbers(row), *attacked(args.run, row)]:
+            for name, value in numbers(row, args.run).items():
                 seen.setdefault(name, []).append(value)
         print(f"\n{key}")
         wide = 2 + max(map(len, seen))
@@ -259,45 +256,39 @@ def table(args):
 
 
 def write_csv(args):
-    """A line a model and seed, a column a number."""
-    lines, names = [], {"key": None, "seed": None}
+    """The same as CSV: a line a model and seed, a column a number."""
+    lines, names = [], {}
     for rows in rows_of(args).values():
         for row in rows:
-            lines.append({"key": row["key"], "seed": row["seed"], **dict(numbers(row)),
-                          **dict(attacked(args.run, row))})
+            found = numbers(row, args.run)
+            lines.append({"key": row["key"], "seed": row["seed"], **found})
             names.update(lines[-1])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
     try:
-        runs.write(args.out, text.getvalue())
-    except (OSError, ValueError):
+        with open(args.out, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError:
         raise InputError(f"{args.out!r} cannot be written; give --out a file in a "
                          "folder that exists.") from None
     print(f"written: {args.out}")
 
 
-def numbers(row):
-    """A row's numbers -> [(name, number)]; without SWA, and twins averaged, too."""
-    found = [(name, x) for name, x in row.items() if isinstance(x, float)]
+def numbers(row, run):
+    """A row's numbers, and what attacks of its run found -> {name: number}."""
+    found = {name: x for name, x in row.items() if isinstance(x, float)}
     for part, words in (("without_swa", "without SWA"), ("averaged", "twins averaged")):
-        found += [(f"{words}, {name}", x) for name, x in row.get(part, {}).items()]
+        for name, x in row.get(part, {}).items():
+            found[f"{words}, {name}"] = x
     turns = [now["phi"] for now in row.get("history", ())[1:] if now.get("phi")]
     if turns:                                  # all rounds but the first
         first, last = numpy.mean(turns, axis=0)
-        found += [("phi's first step", float(first)), ("phi's last step", float(last))]
-    return found
-
-
-def attacked(folder, row):
-    """What attacks of a run found on a row's model -> [(name, number)]."""
-    found = []
-    for path in sorted(folder.glob("attacks*.json")):
+        found.update({"phi's first step": first, "phi's last step": last})
+    for path in sorted(run.glob("attacks*.json")):
         for other in runs.read_json(path)["rows"]:
             if (other["key"], other["seed"]) == (row["key"], row["seed"]):
-                found.append((f"worst gap, {path.stem}", other["worst"]))
-                found.append((f"lowest ACC, {path.stem}", other["lowest_acc"]))
+                found[f"worst gap, {path.stem}"] = other["worst"]
+                found[f"lowest ACC, {path.stem}"] = other["lowest_acc"]
     return found
 
 
@@ -341,10 +332,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.run is None and args.what not in ("figure2", "figure4"):
         raise InputError(f"{args.what} needs a run's folder, such as runs/default.")
-    if args.what == "table":
-        table(args)
-    else:
+    if args.what != "table":
         draw(args)
+    elif args.out:
+        write_csv(args)
+    else:
+        table(args)
 
 
 if __name__ == "__main__":
