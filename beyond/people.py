@@ -63,16 +63,16 @@ def load(data=None):
     have the published sha256), else tiny/, and `source` says why.
     """
     if data is None:
-        data, source = find()
+        folder, source = find()
     elif os.path.isdir(data):
-        source = adult.called(data)
+        folder, source = pathlib.Path(data), adult.called(data)
     elif os.path.isfile(data):
         source = f"{data} (a random half is the test)"
         return gather({pathlib.Path(data).name: data}, read, source)
     else:
         raise InputError(f"{str(data)!r} is no folder, and no file; give --data a "
                          "folder of adult.data and adult.test, or a CSV file.")
-    return gather({name: pathlib.Path(data) / name for name in SHA256}, read, source)
+    return gather({name: folder / name for name in SHA256}, read, source)
 
 
 def gather(files, read, source):
@@ -109,16 +109,10 @@ def find():
 
 
 def fetch(url, path):
-    """Downloads a file under another name, then renames it: whole, or not there."""
+    """Downloads a file: whole, or not there."""
+    from beyond import runs                              # which imports this file
     with urllib.request.urlopen(url, timeout=10) as response:
-        content = response.read()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        runs.write(path, response.read())
 
 
 def sha256_of(path):
@@ -137,10 +131,11 @@ def read(path, labelled=True):
     def parse(row):
         if row[0].startswith("|"):                           # adult.test's first line
             return None
-        if not columns and NAMES.keys() & map(plain, row):
-            columns.extend(columns_of(row))
-            return None
-        columns.extend([] if columns else FORMAT)
+        if not columns:
+            header = NAMES.keys() & map(plain, row)
+            columns.extend(columns_of(row) if header else FORMAT)
+            if header:
+                return None
         return person_from(row, columns, labelled)
 
     return read_csv(path, parse)
@@ -161,11 +156,9 @@ def read_csv(path, parse):
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not in UTF-8; save it as CSV in UTF-8.") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: this is no CSV ({error}); is "
-                         "every quote closed?") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}, near line {rows.line_num}: this is no CSV in UTF-8 "
+                         f"({error}); save it as that, every quote closed.") from None
     people = [person for person in people if person is not None]
     if not people:
         raise InputError(f"{path} holds no rows; is it the right file, and whole?")

@@ -34,13 +34,6 @@ def read(tmp_path):
     return read
 
 
-def with_cell(name, cell):
-    """A file of one person in which one cell is another; `name` as in HEADER."""
-    cells = ROW.split(",")
-    cells[HEADER.split(",").index(name)] = cell
-    return HEADER + "\n" + ",".join(cells)
-
-
 @pytest.mark.parametrize("folder", [adult.TINY, REAL], ids=["tiny", "UCI"])
 def test_ucis_files_are_read_as_ever(folder):
     """The same people in the same order as the lesson's reader, and UCI's checksums."""
@@ -80,15 +73,13 @@ def test_a_folder_may_have_headers_and_one_file_is_halved(tmp_path):
 
 
 @pytest.mark.parametrize("header", [
-    HEADER, HEADER.replace("-", "."), HEADER.replace("-", "_"), HEADER.replace("-", ""),
-    HEADER.replace("-", " ").title(), HEADER.upper(), ",".join(people.FORMAT),
-    HEADER.replace("education-num", "educational-num").replace("sex", "gender"),
-    HEADER.replace("income", "class"), HEADER.replace("income", "label"),
-    HEADER.replace("income", " Salary "),
-])
+    HEADER, HEADER.replace("-", ".").upper(), HEADER.replace("-", ""),
+    HEADER.replace("-", " ").title(), ",".join(people.FORMAT),
+    HEADER.replace("education-num", "educational_num").replace("sex", "gender"),
+    HEADER.replace("income", "class"), HEADER.replace("income", " Salary ")])
 def test_a_header_says_what_a_column_is(header, read):
     names, cells = header.split(","), ROW.split(",")
-    for order in (range(15), range(14, -1, -1), [7, *range(7), *range(8, 15)]):
+    for order in (range(15), range(14, -1, -1)):
         lines = [",".join(part[i] for i in order) for part in (names, cells)]
         assert read("\n".join(lines)) == [PERSON]
         for index in ("", "Unnamed: 0", '" "'):
@@ -109,86 +100,61 @@ def test_what_the_text_leaves_out_may_be_missing(read):
     assert [person.values[i] for i in (2, 5, 7)] == ["0", "?", "?"]
     for name in names[:-1]:
         content = f"{','.join(names)}\n{','.join(cells)}".replace(f"{name},", "", 1)
-        column = adult.COLUMNS[HEADER.split(",").index(name)]
-        with pytest.raises(InputError, match=f"line 1: the header has no {column};"):
+        with pytest.raises(InputError, match="line 1: the header has no "):
             read(content)
 
 
-@pytest.mark.parametrize("name, cell, wanted", [
-    ("sex", "male", "Male"), ("sex", " FEMALE ", "Female"), ("age", " 39.0", "39"),
-    ("workclass", " Private ", "Private"), ("workclass", "pRIVATE", "Private"),
-    ("race", "asian-pac-islander", "Asian-Pac-Islander"),
-    ("native-country", "united-STATES", "United-States"),
-    ("native-country", "New zealand", "New zealand"), ("occupation", "", "?"),
-    *(("occupation", cell, "?") for cell in (" ", "?", "NaN", "nan", "NA", "None")),
-    ("relationship", "<NA>", "?"),
-])
-def test_a_cell_is_read_as_uci_writes_it(name, cell, wanted, read):
-    person, = read(with_cell(name, cell))
-    i = HEADER.split(",").index(name)
-    assert person.values[i] == wanted
-    others = person.values[:i] + person.values[i + 1:]
-    assert others == PERSON.values[:i] + PERSON.values[i + 1:]
+CELLS = {  # a column, and what UCI writes: what others write
+    ("sex", "Male"): ("male", " MALE "), ("age", "39"): ("39", " 39.0"),
+    ("workclass", "Private"): (" Private ", "pRIVATE"),
+    ("race", "Asian-Pac-Islander"): ("asian-pac-islander",),
+    ("native country", "United-States"): ("united-STATES",),
+    ("native country", "New zealand"): ("New zealand",),
+    ("occupation", "?"): ("", " ", "?", "NaN", "NA", "None", "<NA>"),
+    ("label", ">50K"): (">50k.", " > 50K", "1", "1.", "1.0"),
+    ("label", "<=50K"): ("<=50k.", "<= 50K ", "0", "0.", "0.0"),
+    ("label", "?"): ("", "?", "NaN")}
+IMPOSSIBLE = {
+    "age": ("", "?", "NaN", "-1", "39.5", "3", "thirty"),     # 3: a group of ages
+    "fnlwgt": ("",), "hours per week": ("", "NaN", "40h", "1e3"),
+    "workclass": ("4", "4.0", "-", "a\0b", "\x1b[31m"), "sex": ("", "?", "M", "0", "1"),
+    "label": ("2", "-1", "50000", "0.5", "10", "yes", "50K", "=50K", ">500K")}
 
 
-@pytest.mark.parametrize("cell, y", [
-    (">50K", 1), (">50k.", 1), (" > 50K", 1), ("1", 1), ("1.", 1), ("1.0", 1),
-    ("<=50K", 0), ("<=50k.", 0), ("<= 50K ", 0), ("0", 0), ("0.", 0), ("0.0", 0),
-    ("", None), ("?", None), ("NaN", None),
-])
-def test_a_label_is_known_or_not(cell, y, read):
-    content = with_cell("income", cell)
-    assert read(content, labelled=False) == [PERSON._replace(y=y)]
-    if y is not None:
-        assert read(content) == [PERSON._replace(y=y)]
-    else:
+def test_a_cell_is_read_as_uci_writes_it():
+    for (column, wanted), cells in CELLS.items():
+        for cell in cells:
+            assert people.clean(column, cell) == wanted, (column, cell)
+    for column, cells in IMPOSSIBLE.items():
+        for cell in cells:
+            with pytest.raises(InputError) as refused:
+                people.clean(column, cell)
+            assert str(refused.value).startswith(f"{column} cannot be {cell!r}; ")
+
+
+def test_a_label_may_be_missing_where_it_need_not_be_known(read):
+    unknown = [PERSON._replace(y=None)]
+    for content in (FILE.replace(">50K", ""), f"{NO_LABEL}\n{ROW[:-5]}"):
+        assert read(content, labelled=False) == unknown
         with pytest.raises(InputError, match="line 2: the label is missing"):
             read(content)
 
 
-def test_a_label_may_have_no_column(read):
-    content = f"{HEADER}\n{ROW}".replace(",income", "").replace(",>50K", "")
-    assert read(content, labelled=False) == [PERSON._replace(y=None)]
-    with pytest.raises(InputError, match="line 2: the label is missing"):
-        read(content)
-    with pytest.raises(InputError, match="line 1: 14 cells for 15 columns"):
-        read(content.splitlines()[1], labelled=False)   # or a label would be a country
-
-
 FILE = f"{HEADER}\n{ROW}\n"
-CELLS = {  # a column: what it cannot hold
-    "age": ("", "?", "NaN", "-1", "39.5", "3", "thirty"),     # 3: a group of ages
-    "fnlwgt": ("",), "hours-per-week": ("", "NaN", "40h", "1e3"),
-    "workclass": ("4", "4.0", "-", "a\0b", "\x1b[31m"), "sex": ("", "?", "M", "0", "1"),
-    "income": ("2", "-1", "50000", "0.5", "10", "yes", "50K", "=50K", ">500K")}
+NO_LABEL = HEADER.replace(",income", "")
 REFUSED = [
     (f"{HEADER},height\n{ROW},180", "line 1: 'height' is not one of"),
-    (f"id,{HEADER}\n1,{ROW}", "line 1: 'id' is not one of"),
     (f"{HEADER},\n{ROW},", "line 1: '' is not one of"),
-    (f",,{HEADER}\n0,0,{ROW}", "line 1: '' is not one of"),
-    (FILE.replace("race", "skin"), "line 1: 'skin' is not one of"),
     (FILE.replace("income", "incme"), "line 1: 'incme' is not one of"),
-    (FILE.replace("race", "Sex"), "line 1: two columns are sex;"),
     (FILE.replace("race", "gender"), "line 1: two columns are sex;"),
-    (FILE.replace("age,", "Class,", 1), "line 1: two columns are label;"),
     (FILE.replace("age,", ",", 1), "line 1: the header has no age;"),
-    (HEADER + "\n" + FILE, "line 2: age cannot be 'age'"),
-    (FILE + ROW[3:], "line 3: 14 cells for 15 columns"),
     (FILE + ROW + ",", "line 3: 16 cells for 15 columns"),
-    (f"0,{ROW}", "line 1: 16 cells for 15 columns"),
+    (ROW[:-5], "line 1: 14 cells for 15 columns"),     # or a label would be a country
     (FILE.replace(",", ";"), "line 1: 1 cells for 15 columns"),
     (FILE + "," * 14, "line 3: age cannot be ''"),
-    (ROW.replace("39,State-gov", "State-gov,39"), "line 1: age cannot be 'State-gov'"),
-    (f"{','.join(map(str, range(15)))}\n{ROW}", "line 1: age cannot be '0'"),
-    (FILE.replace("White", '"White'), "line 2: this is no CSV (unexpected end"),
-    (FILE.replace("White", '"Whi"te'), "line 2: this is no CSV (',' expected"),
-    (FILE.encode("utf-16"), "is not in UTF-8"),
+    (FILE.replace("White", '"White'), "near line 2: this is no CSV in UTF-8 (unexp"),
+    (FILE.encode("utf-16"), "near line 0: this is no CSV in UTF-8"),
     ("", "holds no rows"), (HEADER, "holds no rows")]
-for name, cells in CELLS.items():
-    column = "label" if name == "income" else name.replace("-", " ")
-    for cell in cells:
-        why = f"line 2: {column} cannot be {cell!r}"
-        REFUSED.append((with_cell(name, cell), why))
 
 
 @pytest.mark.parametrize("content, why", REFUSED, ids=[why for _, why in REFUSED])
@@ -220,9 +186,7 @@ def uci(monkeypatch, tmp_path):
         name = url.split("/")[-1]
         return io.BytesIO((adult.TINY / name).read_bytes())
     for name in people.SHA256:
-        content = (adult.TINY / name).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        monkeypatch.setitem(people.SHA256, name, digest)
+        monkeypatch.setitem(people.SHA256, name, people.sha256_of(adult.TINY / name))
     monkeypatch.setattr(urllib.request, "urlopen", send)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return asked, tmp_path / "faircon"
