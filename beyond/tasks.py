@@ -26,11 +26,11 @@ from adult import InputError
 from beyond import people
 
 # The constants of adult.py that a task replaces.
-CONSTANTS = ("COLUMNS", "ATTRIBUTES", "SEX", "SEXES", "INSTRUCTION", "OPENING",
-             "ANSWERS")
-ADULT = {name: getattr(adult, name) for name in CONSTANTS}
+ADULT = {name: getattr(adult, name) for name in (
+    "COLUMNS", "ATTRIBUTES", "SEX", "SEXES", "INSTRUCTION", "OPENING", "ANSWERS")}
 KINDS = {"files": list, "attributes": dict, "sensitive": list, "label": list,
          "opening": str, "instruction": str, "answers": list}
+LISTS = {"files": (1, 2), "sensitive": (3,), "label": (3,), "answers": (2,)}
 
 
 def load(path=None, data=None):
@@ -58,11 +58,12 @@ def begin(path):
 
     Raises InputError.
     """
-    if path is None:
-        return restore()
-    task = description(path)
-    use(task)
-    return task
+    for name, value in ADULT.items():
+        setattr(adult, name, value)
+    if path is not None:
+        task = description(path)
+        use(task)
+        return task
 
 
 def of_run(results, path=None):
@@ -73,12 +74,6 @@ def of_run(results, path=None):
         raise InputError(f"{path} is not the run's task: another sha256; give the one "
                          "that it was made with, or none if that is Adult.")
     return task
-
-
-def restore():
-    """Adult again."""
-    for name, value in ADULT.items():
-        setattr(adult, name, value)
 
 
 def description(path):
@@ -94,28 +89,21 @@ def description(path):
         if not isinstance(task, dict) or type(task.get(name)) is not kind:
             raise InputError(f"{path} has no {name}; beyond/tasks.py says what a task "
                              "is, beyond/hiring.json is one.")
-    for name, lengths in {"files": (1, 2), "sensitive": (3,), "label": (3,),
-                          "answers": (2,)}.items():
-        words = task[name]
-        if len(words) not in lengths or not all(isinstance(w, str) for w in words):
-            raise InputError(f"{path}: {name} is a list of "
-                             f"{' or '.join(map(str, lengths))} texts.")
-        if len(set(words)) < len(words):
-            raise InputError(f"{path}: {name} has the same text twice.")
-    if not all(isinstance(column, str) for column in task["attributes"].values()):
-        raise InputError(f"{path}: attributes are {{name in the text: column}}.")
-    if len(set(task["attributes"].values())) < len(task["attributes"]):
+    for name, lengths in LISTS.items():
+        words = [str(word) for word in task[name]]
+        if name in ("sensitive", "label"):
+            words[1:] = map(clean, words[1:])                      # as cells are read
+        if len(words) not in lengths or len(set(words)) < len(words) or "?" in words:
+            raise InputError(f"{path}: {name} must be {' or '.join(map(str, lengths))} "
+                             "texts that differ.")
+        task[name] = words
+    columns = [str(column) for column in task["attributes"].values()]
+    if len(set(columns)) < len(columns):
         raise InputError(f"{path}: two attributes are of the same column.")
-    if task["label"][0] in task["attributes"].values():
+    if task["label"][0] in columns:
         raise InputError(f"{path}: the label's column {task['label'][0]} is among the "
                          "attributes: the question would hold its answer.")
-    if pathlib.Path(path).name in task["files"]:
-        raise InputError(f"{path} is not one of its own files.")
-    for name in ("sensitive", "label"):
-        task[name][1:] = map(clean, task[name][1:])                # as cells are read
-        if "?" in task[name] or task[name][1] == task[name][2]:
-            raise InputError(f"{path}: {name} needs two values that differ.")
-    if task["sensitive"][0] not in task["attributes"].values():
+    if task["sensitive"][0] not in columns:
         raise InputError(f"{path}: the sensitive column {task['sensitive'][0]} is not "
                          "among the attributes: twins would be the same text.")
     return task
@@ -139,8 +127,9 @@ def read(path, task, labelled=True):
     """
     if task is None:
         return people.read(path, labelled)
-    needed = [*task["attributes"].values(), *[task["label"][0]] * labelled]
-    header = []
+    needed, header = list(task["attributes"].values()), []
+    if labelled:
+        needed.append(task["label"][0])
 
     def parse(row):
         if header:
