@@ -12,7 +12,8 @@ from adult import InputError
 from beyond import attacks, runs
 from beyond.chat import Chat, around
 from beyond.conftest import SMALL
-from beyond.test_beyond import command, refused, results_of
+from beyond.load import load_model
+from beyond.test_beyond import command
 
 TURN = "{{ messages[0]['content'] }}"
 PLAIN = f"Be brief.\nAsked:\n{TURN}\nReply:\n"
@@ -20,24 +21,17 @@ TEMPLATES = {
     "plain": PLAIN, "stripping": PLAIN.replace("'] }}", "'] | trim }}"),
     "header": PLAIN.replace("Reply:\n", "{% if add_generation_prompt %}Reply:\n"
                                         "{% endif %}"),
-    "special": f"!{TURN}!\n",                        # "!" begins and ends, as BOS would
-    "dated": "{{ strftime_now('%d %b %Y') }}\n" + PLAIN}
+    "special": f"!{TURN}!\n"}                        # "!" begins and ends, as BOS would
 
 
 @pytest.fixture(scope="module")
 def network():
-    network = transformers.AutoModelForCausalLM.from_pretrained(adult.TINY).eval()
-    return network.requires_grad_(False)
+    return load_model("tiny").model.requires_grad_(False)
 
 
 @pytest.fixture()
 def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(adult.TINY)
-
-
-@pytest.fixture(scope="module")
-def data():
-    return adult.load(adult.TINY)
 
 
 @pytest.fixture()
@@ -61,29 +55,28 @@ def whole(tokenizer, text):
 
 # ------------------------------------------------------------------ tokens
 
-@pytest.mark.parametrize("template", ["plain", "stripping", "header", "special"])
-def test_the_parts_are_the_whole_chat(template, network, tokenizer, data):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_parts_are_the_whole_chat(template, network, tokenizer):
     """Token by token, and in what the model answers; with shots, with a prompt."""
     tokenizer.chat_template = TEMPLATES[template]
     model = Chat(network, tokenizer)
     assert [model.decode([i]) for i in model.answers] == ["0", "1"]
-    shots = adult.INSTRUCTION + adult.shot(data.train[0]) + adult.shot(data.train[1])
+    person, *others = adult.load(adult.TINY).test[:3]
+    shots = adult.INSTRUCTION + "".join(map(adult.shot, others))
     g = model.ids("Men earn more.")
-    people = data.test[:2]
     for text, prompt, context in (("", None, None), ("", None, shots),
                                   ("Men earn more.\n", g, shots)):
-        p = model.predict(model.questions(people), prompt, context)
+        p, = model.predict(model.questions([person]), prompt, context)
         prefix = model.prefix(prompt, context)
-        for i, person in enumerate(people):
-            for s, question in enumerate(adult.twins(person)):
-                said = text + (context or adult.INSTRUCTION) + question
-                wanted = whole(tokenizer, said)
-                assert model.whole(said) == wanted
-                parts = [prefix, model.embed[model.question(question)]]
-                assert torch.equal(torch.cat(parts), model.embed[wanted])
-                logits = network(torch.tensor([wanted])).logits[0, -1]
-                two = logits[tokenizer.convert_tokens_to_ids(["0", "1"])].softmax(-1)
-                assert p[i, s] == pytest.approx(two[1].item(), abs=1e-5)
+        for p_s, question in zip(p, adult.twins(person)):
+            said = text + (context or adult.INSTRUCTION) + question
+            wanted = whole(tokenizer, said)
+            assert model.whole(said) == wanted
+            parts = [prefix, model.embed[model.question(question)]]
+            assert torch.equal(torch.cat(parts), model.embed[wanted])
+            logits = network(torch.tensor([wanted])).logits[0, -1]
+            two = logits[tokenizer.convert_tokens_to_ids(["0", "1"])].softmax(-1)
+            assert p_s == pytest.approx(two[1].item(), abs=1e-5)
 
 
 def test_a_prompt_that_the_template_changes_is_no_text(network, tokenizer):
@@ -102,61 +95,46 @@ def test_a_prompt_that_the_template_changes_is_no_text(network, tokenizer):
 
 
 def test_the_same_on_every_day(tokenizer):
-    tokenizer.chat_template = TEMPLATES["dated"]
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + PLAIN
     assert around(tokenizer)[0] == "26 Jul 2024\nBe brief.\nAsked:\n"
 
 
 # ------------------------------------------------------------------ the commands
 
 def test_a_chat_through_the_commands(here, capsys):
-    """Trained, measured again, asked about people, attacked."""
-    results = command(here, [*SMALL, "--models", "not-trained", "robust", "--rounds",
-                             "1", "--model", "model", "--chat", "--name", "chat"])
+    """Trained, measured again, attacked; another template is another model."""
+    command(here, [*SMALL, "--models", "not-trained", "robust", "--rounds", "1",
+                   "--model", "model", "--chat", "--name", "chat"])
     said = capsys.readouterr().out
     assert "    Be brief.\n    Asked:\n    Predict" in said and "\n    Reply:" in said
-    run = runs.read_json("runs/chat/run.json")
-    assert results["config"]["chat"] is run["config"]["chat"] is True
     runs.main(["runs/chat"])
     assert "every saved number of 2 models came out again" in capsys.readouterr().out
-    rows = pathlib.Path("data/adult.test").read_text().splitlines()[:3]
-    pathlib.Path("mine.csv").write_text("\n".join(rows))
-    runs.main(["predict", "runs/chat", "mine.csv", "--out", "answers.csv"])
-    model, row, _ = runs.load_run("runs/chat", "robust")
-    assert type(model) is Chat
-    person, _ = adult.read(pathlib.Path("mine.csv"))
-    line = pathlib.Path("answers.csv").read_text().splitlines()[1].split(",")
-    p, = model.predict(model.questions([person]))
-    assert [float(x) for x in line[2:]] == pytest.approx(p, abs=1e-5)
     attacks.run(attacks.parser().parse_args(
         ["runs/chat", "--models", "robust", "--only", "gumbel", "--budget", "13",
          "--chosen-on", "4", "--test-rows", "8", "--jobs", "1"]))
+    model, row, _ = runs.load_run("runs/chat", "robust")
+    people = adult.split(adult.load("data"), 16, .5, 16, row["seed"]).test
+    p = model.predict(model.questions(people))
+    assert row["gap"] == pytest.approx(abs(p[:, 0] - p[:, 1]).mean(), abs=1e-6)
     found, = runs.read_json("runs/chat/attacks-gumbel.json")["rows"]
-    question = adult.question(person)
-    people = adult.split(adult.load("data"), 16, .5, 16, row["seed"]).test[:8]
+    question = adult.question(people[0])
     for entry in found["attacks"].values():
         ids = model.bos + model.ids(entry["prompt"]) + model.question(question)
         assert ids == whole(model.tokenizer, entry["prompt"] + question)
-        p = model.predict(model.questions(people), context=entry["prompt"])
+        p = model.predict(model.questions(people[:8]), context=entry["prompt"])
         assert entry["gap"] == pytest.approx(abs(p[:, 0] - p[:, 1]).mean(), abs=1e-6)
-
-
-def test_a_run_is_loaded_as_it_was_trained(here):
-    """One of before has no field, and is no chat; another template is another model."""
-    for name, more in (("old", []), ("chat", ["--chat"])):
-        command(here, [*SMALL, "--models", "not-trained", "--model", "model", *more,
-                       "--name", name])
-    old, chat = results_of("runs/old"), results_of("runs/chat")
-    assert old["rows"][0]["acc"] != chat["rows"][0]["acc"], "it does nothing"
-    assert old["config"].pop("chat") is False
-    runs.write_json("runs/old/results.json", old)
-    runs.main(["runs/old"])
     pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
-    runs.main(["runs/old"])
     with pytest.raises(InputError, match="another sha256"):
         runs.main(["runs/chat"])
 
-
-def test_an_interrupted_run_of_before_goes_on(here):
+def test_a_run_of_before_is_no_chat(here):
+    """Its config has no such field, finished or interrupted; no template counts."""
+    old = command(here, [*SMALL, "--models", "not-trained", "--model", "model",
+                         "--name", "old"])
+    assert old["config"].pop("chat") is False
+    runs.write_json("runs/old/results.json", old)
+    pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
+    runs.main(["runs/old"])
     runs.write_json("run.json", {"config": {"rows": 16}})
     runs.compare(here, {"config": {"rows": 16, "chat": False}})
     with pytest.raises(InputError, match="another config chat"):
@@ -191,9 +169,3 @@ def test_words_that_do_not_fit_are_refused(name, words, match, network, tokenize
     monkeypatch.setattr(adult, name, words)
     with pytest.raises(InputError, match=match):
         Chat(network, tokenizer)
-
-
-def test_a_model_without_a_template_is_refused_by_the_command(here):
-    pathlib.Path("model/chat_template.jinja").unlink()
-    refused([*SMALL, "--model", "model", "--chat"], "tokenizer has no chat template")
-    assert not pathlib.Path("runs").exists()
