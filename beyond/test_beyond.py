@@ -457,7 +457,7 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
             said = {"key": title, "seed": seed, "prompt": context}
             assert row == {**said, **numbers(people, p)}
     out = capsys.readouterr().out
-    assert out.count(report.PAPER) == len(titles.keys() & train.TABLES_1_2)
+    assert out.count(report.PAPER) == len(titles.keys() & train.PRINTED)
     lines = re.findall("^(?:b = |natural).*", out, re.M)
     for line, title in zip(lines, titles, strict=True):
         mean, spread = results["summary"][title]["gap"]

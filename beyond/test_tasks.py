@@ -187,7 +187,8 @@ def test_the_ablation_of_another_task(hiring, monkeypatch):
     words = ["--task", write_task(hiring), *SMALL, "--shots", "4", "--only", "no-steps"]
     monkeypatch.setattr(train, "DEFAULTS", {**train.DEFAULTS, "rounds": 1,
                                             "phi_steps": 1, "longest": 40})
-    monkeypatch.setattr(attacks, "short", lambda *_: {})
+    kinds = dict.fromkeys(("shots", "climb", "texts", "gumbel"), .5)
+    monkeypatch.setattr(attacks, "short", lambda *_: kinds)
     ablation.run(runs.parse(ablation.parser(), words))
     row, = results_of("runs/ablation")["rows"]
     assert row["key"] == "no-steps" and 0 < row["gap"]
