@@ -6,7 +6,8 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    logits of the next token, the model's answer        LanguageModel
+    f_theta    the model; of its logits the distance takes the
+               log-odds of " 1" against " 0", the task all         LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -223,8 +224,8 @@ class Game:
     def theta_step(self, batch):
         """One step of theta down Eq. (3) -> its terms before the step.
 
-        The paper's game has one prompt; RobustGame has two, and the loss is their mean
-        (a backward pass for each keeps one graph in memory). Gradients are clipped to
+        The paper's game has one prompt. With two (RobustGame) the loss is their mean, a
+        backward pass for each, so that one graph is in memory. Gradients are clipped to
         norm 1, which neither paper nor released code does.
         """
         prompts = self.prompts() or [NO_PROMPT]
@@ -264,7 +265,7 @@ class Game:
         return {"task": task(own, people, answers),
                 "distance": distance(logits, answers)}
 
-    # ---- what RobustGame changes
+    # ---- what the games of beyond/robust.py change
 
     def start_phi(self):
         """Before phi's turn. Nothing: phi goes on where the last round left it.
@@ -330,7 +331,7 @@ class LanguageModel:
         self.answers = torch.tensor(self.answer_tokens(), device=self.device)
         self.usable = self.usable_tokens()
         mask = torch.full((len(self.embed),), -torch.inf)
-        mask[self.usable] = 0.                # added to phi's logits: a prompt is text
+        mask[self.usable] = 0.            # added to the noise: a prompt is text
         self.mask = mask.to(self.device)
 
     # ---- text to tokens
@@ -548,7 +549,7 @@ def show_people(model, people):
 
 def climb(model, people):
     """One adversary, its steps up the distance while theta is frozen."""
-    print("\nphi climbs: theta is frozen, the prompt g becomes more unfair")
+    print("\nphi climbs, at rate 2 and against an untrained theta, which is frozen")
     options = Options(prompt_length=20, phi_lr=2.)
     adversary = Adversary(model, options, torch.Generator().manual_seed(2))
     questions, means = model.questions(people[:20]), []
@@ -596,7 +597,7 @@ def lesson():
     for lam, what in ((0., "as theta's step was released"), (1., "Eq. (3)")):
         print(f"  lam = {lam:g}: {what}")
         gaps.append(play(model, people, test, lam))
-    assert gaps[1] < gaps[0], "the distance in the loss closes the gap"
+    assert gaps[1] < gaps[0], "the distance in the loss keeps the gap closed"
     print("\nnow try: lam = 0.1 in `lesson`. How much of the gap is left?")
 
 

@@ -4,7 +4,7 @@
     python train.py --table 1               Table 1 (--table 2: Table 2)
     python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
 
-MODELS lists Table 3's rows: what theta is trained on, and given. They share people,
+MODELS lists Table 3's rows and how theta is trained in each. They share people,
 seeds, rounds and theta's rate; with both twins (CDA, counterfactual data augmentation)
 a batch is twice as large, so that all take equally many steps. In FreshGame and
 RobustGame (beyond/robust.py) phi has another rate; given the adversary's prompt and
@@ -39,12 +39,12 @@ from faircon import Game, Options, evaluate
 
 
 class Recipe(NamedTuple):
-    """A row of Table 3: what theta is trained on, and given."""
+    """A row of Table 3: how theta is trained."""
     title: str
     game: type = None            # None: not trained
-    adversary: bool = False      # given its prompt
-    fair: bool = False           # on task + lam * distance; else on the task only
-    both_twins: bool = False     # CDA: on each row once as a man and once as a woman
+    adversary: bool = False      # whether its prompt stands in front
+    fair: bool = False           # task + lam * distance; else the task only
+    both_twins: bool = False     # CDA: each row once as a man and once as a woman
     sex: bool = True             # whether the question says it; shots always do
     options: dict = {}           # of its own
 
@@ -55,15 +55,15 @@ MODELS = {
     "not-trained": Recipe("not trained"),
     "averaged": Recipe("not trained, twins averaged"),
     "no-sex": Recipe("not trained, sex left out", sex=False),
-    # given no prompt
+    # trained, nothing in front of the question
     "fine-tuned": Recipe("fine-tuned", Game),
     "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
     "distance": Recipe("distance, no adversary", Game, fair=True),
-    # given the adversary's prompt: Eq. (3). fresh: phi begins anew in each round
+    # trained with the adversary's prompt in front: Eq. (3)
     "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
     "fresh": Recipe("FairCon, phi begins anew", FreshGame, adversary=True, fair=True),
-    # given biased shots. robust: and the adversary's prompt
+    # trained with biased shots in front; robust: and, in turn, the adversary's prompt
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
     "shots": Recipe("distance with biased shots", RobustGame, fair=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
@@ -98,7 +98,7 @@ def parser():
     one.add_argument("--prompt-only", action="store_true",
                      help="Eq. (4): the model frozen, a fair prompt learned")
     one.add_argument("--paper", action="store_true",
-                     help="what the paper prints, else its released code's rates")
+                     help="the released code's hyperparameters; the loss stays Eq. (3)")
     g.add_argument("--models", nargs="+", choices=[*MODELS, "all"], metavar="KEY",
                    help=f"some of Table 3's: {', '.join(MODELS)}; all "
                    f"(default: all but {', '.join(EXTRA)})")
@@ -199,7 +199,7 @@ read_once = functools.lru_cache(1)(tasks.load)
 
 
 def load_data_once(data, task=None):
-    """Adult's people, or another task's: what is asked is then that task's, too."""
+    """Adult's people, or another task's, whose words then replace adult.py's."""
     tasks.begin(task)
     return read_once(task, data)
 

@@ -8,8 +8,9 @@
                                              (labelled people at b_Pc = 1 or -1)
 
 A phi that goes on hardly climbs after the first round. (On one seed its tokens stayed
-nearly random at rate .1, and at 3 it stayed at one prompt.) One that begins anew does,
-and its tokens protect from prompts that training never saw (beyond/RESULTS.md).
+nearly random at rate .1, and at 3 it stayed at one prompt.) A phi that begins anew
+climbs in each, and training on its prompts helps against prompts that training never
+saw, too (beyond/RESULTS.md).
 Labelled people stand in front of a question when a model is used few-shot (section 2);
 RobustGame's theta learns to ignore them, FollowingGame's to be fair and still to read
 them.
@@ -84,8 +85,9 @@ class RobustGame(FreshGame):
 class FollowingGame(RobustGame):
     """RobustGame whose theta, given shots, learns what the untrained model answers.
 
-    The label would teach it that shots say nothing about the question. The untrained
-    model follows them, and the mean of its answers to the two twins has no gap. In a
+    Labels do not depend on the shots, so theta would learn from them to ignore shots.
+    The untrained model follows them, and the mean of its answers to the two twins has
+    no gap. In a
     quarter of the steps the shots are biased; in the others they are drawn without
     regard to sex, and nearly all have the same label.
     """
@@ -114,7 +116,7 @@ class FollowingGame(RobustGame):
 
     def terms(self, g, batch):
         """Eq. (3)'s; given shots the task is to answer as the teacher's mean."""
-        if g is not self.shots:
+        if g is not self.shots:                        # the adversary's prompt, or none
             return super().terms(g, batch)
         questions, answers = [self.questions[i] for i in batch], self.model.answers
         logits = self.model(self.model.prefix(g), questions)             # (2, B, V)
