@@ -1,6 +1,6 @@
 """NOT IN THE PAPER: the game as we changed it, all of it in this file.
 
-    the paper, faircon.Game                  here
+    faircon.Game: Eq. (3), released rates    here
     phi goes on over the rounds              FreshGame: phi begins anew in each round
     phi's rate is .1                         3: phi has one round only to climb
     10 tokens                                any number of tokens, up to `longest`
@@ -10,7 +10,7 @@
 A phi that goes on hardly climbs after the first round. (On one seed its tokens stayed
 nearly random at rate .1, and at 3 it stayed at one prompt.) A phi that begins anew
 climbs in each, and training on its prompts helps against prompts that training never
-saw, too (beyond/RESULTS.md).
+saw, too. Fresh start, rate and length are all needed (beyond/RESULTS.md).
 Labelled people stand in front of a question when a model is used few-shot (section 2);
 RobustGame's theta learns to ignore them, FollowingGame's to be fair and still to read
 them.
