@@ -469,7 +469,9 @@ class LanguageModel:
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
-        longest = before + max(max(map(len, texts)) for texts in questions)
+        longest = before
+        for texts in questions:
+            longest = max(longest, before + max(map(len, texts)))
         if longest > self.window:
             raise InputError(f"prompt and question are {longest} tokens and the "
                              f"model's context is {self.window}; use a shorter prompt "

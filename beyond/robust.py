@@ -11,9 +11,9 @@ A phi that goes on hardly climbs after the first round. (On one seed its tokens 
 nearly random at rate .1, and at 3 it stayed at one prompt.) A phi that begins anew
 climbs in each, and training on its prompts helps against prompts that training never
 saw, too. Fresh start, rate and length are all needed (beyond/RESULTS.md).
-Labelled people stand in front of a question when a model is used few-shot (section 2);
-RobustGame's theta learns to ignore them, FollowingGame's to be fair and still to read
-them.
+
+Labelled people stand in front of a question when a model is used few-shot (section 2).
+RobustGame's theta learns to ignore them, FollowingGame's to be fair and to read them.
 
     python -m beyond.robust     # the paper's game and RobustGame on forty people
 """
@@ -87,9 +87,8 @@ class FollowingGame(RobustGame):
 
     Labels do not depend on the shots, so theta would learn from them to ignore shots.
     The untrained model follows them, and the mean of its answers to the two twins has
-    no gap. In a
-    quarter of the steps the shots are biased; in the others they are drawn without
-    regard to sex, and nearly all have the same label.
+    no gap. In a quarter of the steps the shots are biased; in the others they are drawn
+    without regard to sex, and nearly all have the same label.
     """
 
     def __init__(self, model, *args, **more):

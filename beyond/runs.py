@@ -101,7 +101,7 @@ def one_sentence(program):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)         # as Ctrl-C does
+    on_signal(signal.SIGTERM, signal.default_int_handler)             # as Ctrl-C does
     try:
         yield
     except InputError as problem:
@@ -115,12 +115,18 @@ def one_sentence(program):
     except OSError as error:
         path = error.filename2 or error.filename or "a file"    # 2: a new name
         sys.exit(f"{program}: {path}: {error.strerror or error}; what is finished is "
-                 "kept, --resume NAME goes on.")
+                 "kept (train.py: --resume NAME goes on).")
     except (RuntimeError, MemoryError) as error:
         if "memory" not in repr(error).lower():
             raise
         sys.exit(f"{program}: out of memory; lower --jobs, --batch-size or --shots, or "
                  "use --dtype bfloat16 or a smaller --model.")
+
+
+def on_signal(number, handler):
+    """signal.signal, which only the main thread may call -> the handler before."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
 
 
 def say(text):
@@ -366,11 +372,15 @@ def in_processes(work, jobs, workers, folder):
 
 def submit(pool, work, jobs, folder):
     """Begins the workers, too. They inherit that Ctrl-C is ignored here."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = on_signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return [pool.submit(do, work, job, folder) for job in jobs]
+        futures = [pool.submit(do, work, job, folder) for job in jobs]
+        # A pool looks at which workers it has when it is given work, and only then
+        # begins one more: without this the death of the last may go unnoticed.
+        pool.submit(int)
+        return futures
     finally:
-        signal.signal(signal.SIGINT, before)
+        on_signal(signal.SIGINT, before)
 
 
 def begin_worker():

@@ -19,6 +19,7 @@ import sys
 import time
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -616,12 +617,15 @@ def test_resume_ends_as_if_never_interrupted(interrupted, never, here, monkeypat
                                         ("config", "bpc")])
 def test_resume_after_a_change_is_refused_by_name(part, name, interrupted, here):
     shutil.copytree(interrupted, "runs/cut")
-    run = runs.read_json("runs/cut/run.json")
+    state = pathlib.Path("runs/cut/faircon-3/state.pt")
+    before, run = state.read_bytes(), runs.read_json("runs/cut/run.json")
     run[part][name] = "another"
     runs.write_json("runs/cut/run.json", run)
     said = "another data " if part == "data" else f"another {part} {name} "
     refused(["--resume", "cut", "--jobs", "1"], said)
     refused(["--resume", "cut", "--lam=2"], "leave out --lam")
+    assert state.read_bytes() == before, "the state is left alone"
+    assert not pathlib.Path("runs/cut/results.json").exists()
 
 
 def test_a_run_goes_on_on_another_machine(interrupted, never, here, monkeypatch,
@@ -800,6 +804,14 @@ def test_however_it_ends_no_worker_stays(how, tmp_path):
         assert process.returncode == 1 and "train.py: " in err
         assert said in err and "--resume" in err and "Traceback" not in err, err
         assert "resource_tracker" not in err, err
+
+
+def test_a_run_may_begin_in_a_thread(here):
+    words = ["--data", "data", "--table", "2", "--test-rows", "8", "--seeds", "2",
+             "--jobs", "2", "--name", "thread"]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main, words).result()
+    assert len(results_of("runs/thread")["rows"]) == 8
 
 
 def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
