@@ -180,6 +180,16 @@ def cells(n, bpc):
     return {(0, 1): k, (0, 0): n // 2 - k, (1, 1): n // 2 - k, (1, 0): k}
 
 
+def enough(people, bpc, most):
+    """How many people, `most` or fewer, can be drawn balanced and also at b_Pc."""
+    for s, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        have = sum(p.s == s and p.y == y for p in people)
+        share = (1 - bpc) / 4 if s == y else (1 + bpc) / 4                    # cells
+        most = min(most, have / max(1 / 4, share))
+    # A multiple of 8: b_Pc is exact. If there are too few, `sample` says what.
+    return max(4, int(most) // 8 * 8)
+
+
 def sample(people, n, bpc, rng):
     """n people at b_Pc in random order, nobody twice. rng: a numpy Generator.
 

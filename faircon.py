@@ -74,12 +74,7 @@ def distance(logits, answers):
 def measure(model, people, g=NO_PROMPT, context=None, attributes=None):
     """Table 3's numbers on some people, under a prompt -> metrics.evaluate's dict."""
     p = model.predict(model.questions(people, attributes), g, context)       # (N, 2)
-    return evaluate(p, people)
-
-
-def evaluate(p, people):
-    """metrics.evaluate of the answers p (N, 2) about some people."""
-    return metrics.evaluate(p, [x.y for x in people], [x.s for x in people])
+    return metrics.of_people(p, people)
 
 
 # ------------------------------------------------------------------ options

@@ -82,6 +82,11 @@ def evaluate(p, y, s):
     return {name: float(value) for name, value in found.items()}
 
 
+def of_people(p, people):
+    """`evaluate` of the answers p (N, 2) about N of adult.py's people."""
+    return evaluate(p, [x.y for x in people], [x.s for x in people])
+
+
 # ------------------------------------------------------------------ the lesson
 
 def figure_1(s_shapes_x, model_uses_s, n=200_000, seed=0):

@@ -18,7 +18,6 @@ PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on;
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
 """
 import dataclasses
-import functools
 import pathlib
 import time
 import warnings
@@ -30,12 +29,13 @@ import torch
 import adult
 import faircon
 import lora
+import metrics
 from adult import InputError
 from beyond import report, runs, tasks
-from beyond.load import load_model
+from beyond.load import load_once
 from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
 from beyond.runs import say
-from faircon import Game, Options, evaluate
+from faircon import Game, Options
 
 
 class Recipe(NamedTuple):
@@ -192,31 +192,9 @@ def options_of(config, key):
 
 # ------------------------------------------------------------------ Table 3
 
-loaded = {}
-
-
-read_once = functools.lru_cache(1)(tasks.load)
-
-
-def load_data_once(data, task=None):
-    """Adult's people, or another task's, whose words then replace adult.py's."""
-    tasks.begin(task)
-    return read_once(task, data)
-
-
-def load_once(name, dtype, device, chat=False):
-    """One model a process; "auto" and what it was resolved to are the same."""
-    asked = (device, chat, adult.OPENING, adult.INSTRUCTION, adult.ANSWERS)
-    if (name, dtype, asked) not in loaded:
-        loaded.clear()
-        model = load_model(name, dtype, device, chat)
-        loaded[name, dtype, asked] = loaded[name, model.computed_in, asked] = model
-    return loaded[name, dtype, asked]
-
-
 def load_both(config):
     """A job's model and people; the task first, since a model is asked about it."""
-    data = load_data_once(config["data"], config["task"])
+    data = tasks.data_of(config["task"], config["data"])
     return load_once(*config["model"], config["chat"]), data
 
 
@@ -301,10 +279,10 @@ def measure_all(model, people, data, config, key, seed, place):
     """Everything the table says of a model, on test rows -> dict."""
     p = answers_of(model, key, people.test)                              # (N, 2)
     runs.write_people(place / "people.csv", people.test, p)
-    row = evaluate(p, people.test)
-    row["averaged"] = evaluate(averaged(p), people.test)
+    row = metrics.of_people(p, people.test)
+    row["averaged"] = metrics.of_people(averaged(p), people.test)
     biased = answers_of(model, key, people.test_bpc)
-    row["acc_bpc"] = evaluate(biased, people.test_bpc)["acc"]
+    row["acc_bpc"] = metrics.of_people(biased, people.test_bpc)["acc"]
     row["shots"] = gap_given_shots(model, people, data, config, key, seed)
     row["follows"] = follows(model, people, data, config, key, seed)
     return row
@@ -329,7 +307,8 @@ def gap_given_shots(model, people, data, config, key, seed):
     for b in (1., -1.):
         rng = numpy.random.default_rng((seed, 6))
         shots = adult.few_shot(data.train, config["shots"], b, rng)
-        gaps.append(evaluate(answers_of(model, key, some, context=shots), some)["gap"])
+        p = answers_of(model, key, some, context=shots)
+        gaps.append(metrics.of_people(p, some)["gap"])
     return max(gaps)
 
 
@@ -404,33 +383,15 @@ def fair_prompt(model, people, options, seed, samples=15):
 
 # ------------------------------------------------------------------ the run
 
-def enough(people, bpc, most):
-    """How many people, `most` or fewer, can be drawn balanced and also at b_Pc."""
-    for s, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        have = sum(p.s == s and p.y == y for p in people)
-        share = (1 - bpc) / 4 if s == y else (1 + bpc) / 4              # adult.cells
-        most = min(most, have / max(1 / 4, share))
-    # A multiple of 8: b_Pc is exact. If there are too few, adult.sample says what.
-    return max(4, int(most) // 8 * 8)
-
-
 def prepare(args):
     """Load the data and the model, say what they are -> what the run depends on.
 
     InputError for what cannot be drawn, or would be too long, before any work.
     """
-    config = {name: getattr(args, name) for name in (
-        "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds", "seed",
-        "chat")}
-    config["game"], config["models"] = given_options(args), models_of(args)
-    options = {key: options_of(config, key) for key in MODELS}      # checked, all of it
-    # The fewest shots with which every b_Pc of the table is exact.
-    exact = {1: 8, 2: 16}.get(args.table, 2)
-    if args.shots % exact:
-        raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
-                         f"give a multiple of {exact}, an even number.")
-    data = load_data_once(args.data, args.task)
-    config["test_rows"] = args.test_rows or enough(data.test, args.bpc, 1000)
+    config = config_of(args)
+    rank, length = options_of(config, "robust").rank, longest_prompt(config)
+    data = tasks.data_of(args.task, args.data)
+    config["test_rows"] = args.test_rows or adult.enough(data.test, args.bpc, 1000)
     if config["test_rows"] < 4:
         raise InputError("--test-rows below 4 leave a group empty; give 4 or more.")
     people = adult.split(data, args.rows, args.bpc, config["test_rows"], args.seed)
@@ -444,42 +405,43 @@ def prepare(args):
     config["model"] = [args.model, model.computed_in, args.device]
     size = sum(p.numel() for p in model.model.parameters())
     say(f"model   {args.model}: {size:,} parameters, {model.how}: {model.why}")
-    check_lengths(args, model, data, shots, [options[key] for key in config["models"]])
-    show_untrained(model, people.validation)
-    lora.inject(model.model, options["robust"].rank)
+    longest = sorted(data.train + data.test, key=lambda x: len(adult.question(x)))[-20:]
+    for prefix in (model.prefix(context=shots), model.prefix([0] * length)):
+        model.check_length(len(prefix), model.questions(longest))
+    lora.inject(model.model, rank)
     say(f"theta   LoRA on {len(lora.adapters(model.model))} projections, "
         f"{lora.share(model.model):.3f} % of the parameters")
+    report.show_untrained(model, people.validation)
     about = {"sha256": model.sha256, "computed in": model.how, "small": model.small}
     return {"format": runs.FORMAT, "config": config, "data": data.sha256,
             "model": about, "versions": runs.versions()}, data
 
 
-def check_lengths(args, model, data, shots, options):
-    """InputError if shots, or the longest prompt, and a question exceed the context."""
-    lengths = [0]
-    if args.table == 3:
-        lengths += [o.prompt_length for o in options]
-        if not args.prompt_only:
-            lengths += [getattr(o, "longest", 0) for o in options]
-    longest = sorted(data.train + data.test, key=lambda x: len(adult.question(x)))[-20:]
-    for prefix in (model.prefix(context=shots), model.prefix([0] * max(lengths))):
-        model.check_length(len(prefix), model.questions(longest))
+def config_of(args):
+    """What the flags say, as a run's record has it. InputError for what cannot be."""
+    config = {name: getattr(args, name) for name in (
+        "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds", "seed",
+        "chat")}
+    config["game"], config["models"] = given_options(args), models_of(args)
+    for key in MODELS:
+        options_of(config, key)                                     # checked, all of it
+    # The fewest shots with which every b_Pc of the table is exact.
+    exact = {1: 8, 2: 16}.get(args.table, 2)
+    if args.shots % exact:
+        raise InputError(f"--shots {args.shots} cannot have every b_Pc of this table; "
+                         f"give a multiple of {exact}, an even number.")
+    return config
 
 
-def show_untrained(model, people):
-    """One question, and what the model answers before anything is trained."""
-    say(f"\na question (x_m; its twin x_f says {adult.SEXES[1]}), answered by the next "
-        "token:\n")
-    text = adult.INSTRUCTION + adult.twins(people[0])[0]
-    adult.show(model.before + text + model.after, "    ")
-    with torch.no_grad():
-        p = model(model.prefix(), model.questions(people[:20])).softmax(-1)  # (2, B, V)
-    mass = p[..., model.answers].sum(-1).mean().item()
-    now = faircon.measure(model, people)
-    constant = " (constant)" if report.constant(now) else ""
-    say(f"\nnot trained: ACC {now['acc']:.2f}, gap {now['gap']:.3f}, answers 1 to "
-        f"{100 * now['positives']:.0f} % of {len(people)} validation rows{constant};\n"
-        f"the two answers have {mass:.2f} of the probability\n")
+def longest_prompt(config):
+    """How many tokens the adversary's prompt has at most, in any row of the table."""
+    if config["table"] != 3:
+        return 0
+    options = [options_of(config, key) for key in config["models"]]
+    lengths = [o.prompt_length for o in options]
+    if not config["prompt_only"]:
+        lengths += [getattr(o, "longest", 0) for o in options]
+    return max(lengths)
 
 
 def run(args):
@@ -501,24 +463,12 @@ def run(args):
         runs.finish(folder, {
             **depends_on, "data": {"source": data.source, "sha256": data.sha256},
             "rows": rows, "summary": report.summary(rows)})
-    show(rows, args, folder)
-
-
-def show(rows, args, folder):
-    """The table, the paper's numbers beside ours; a prompt; the next command."""
-    columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
-    trained = args.table == 3 and not args.prompt_only
-    if trained:
-        columns.update({f"{args.shots} shots": "shots", "follows": "follows"})
-    titles = {key: MODELS[key].title for key in MODELS}
-    report.show(rows, titles, columns, {} if args.task else PRINTED)
-    if trained:
-        say(report.LEGEND.format(shots=args.shots))
-    report.warn(rows)
+    titles = {key: recipe.title for key, recipe in MODELS.items()}
+    report.show(rows, titles, {} if args.task else PRINTED, args.shots)
     if args.table == 3:
         report.show_prompt(rows)
     say(f"\nsaved in {folder}/: results.json")
-    if trained:
+    if work is train_model:
         say(f"each model's adapter (PEFT's format) and its answers are in "
             f"{folder}/MODEL-SEED/\nnext:    python -m beyond.attacks {folder}")
 

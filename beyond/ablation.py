@@ -15,7 +15,8 @@ import adult
 import faircon
 import lora
 import train
-from beyond import attacks, report, runs
+from beyond import attacks, report, runs, tasks
+from beyond.load import load_once
 from beyond.robust import FreshGame, RobustGame
 
 
@@ -61,8 +62,8 @@ def run_variant(config, name, seed, folder):
     """Train one variant, measure and attack it -> [its row]; a job of `main`."""
     variant = VARIANTS[name]
     torch.manual_seed(seed)
-    data = train.load_data_once(config["data"], config["task"])
-    model = train.load_once("tiny", "float32", "cpu")
+    data = tasks.data_of(config["task"], config["data"])
+    model = load_once("tiny", "float32", "cpu")
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     options = dataclasses.replace(train.options_of(config, "robust"), **variant.options)
     game = variant.game(model, people.train, options, seed)
@@ -148,12 +149,12 @@ def parser():
 
 def run(args):
     names = [name for name in VARIANTS if name in (args.only or VARIANTS)]
-    data = train.load_data_once(args.data, args.task)
+    data = tasks.data_of(args.task, args.data)
     runs.say(f"data    {data.source}")
     config = {"data": args.data, "task": args.task, "rows": args.rows, "bpc": .5,
               "game": train.DEFAULTS, "seed": args.seed, "seeds": args.seeds,
               "shots": args.shots,
-              "test_rows": args.test_rows or train.enough(data.test, .5, 1000)}
+              "test_rows": args.test_rows or adult.enough(data.test, .5, 1000)}
     for name in names:
         runs.say(f"    {name:<18} {VARIANTS[name].title}")
     depends_on = {"format": runs.FORMAT, "config": {**config, "variants": names},

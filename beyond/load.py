@@ -22,7 +22,6 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils
 
 import adult
-import lora
 from adult import InputError
 from beyond.chat import Chat
 from faircon import LanguageModel
@@ -66,15 +65,27 @@ def load_model(name, dtype="auto", device="auto", chat=False):
     model = (Chat if chat else LanguageModel)(network, tokenizer)
     # The network's config: building it completes what an older config.json lacks.
     model.window = min(model.window, switching_at(network.config))
-    try_out(model, name)
-    lora.projections(network)                        # InputError before any other work
     threads = torch.get_num_threads()
     model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
     model.small, model.computed_in, model.why = small, dtype, why
     template = model.before + model.after
     model.sha256 = sha256(place, tokenizer, gguf.get("gguf_file"), template)
     model.public_name = PUBLIC.get(name, None if pathlib.Path(place).exists() else name)
+    try_out(model, name)
     return model
+
+
+loaded = {}
+
+
+def load_once(name, dtype, device, chat=False):
+    """load_model, one a process; "auto" and what it was resolved to are the same."""
+    asked = (device, chat, adult.OPENING, adult.INSTRUCTION, adult.ANSWERS)
+    if (name, dtype, asked) not in loaded:
+        loaded.clear()
+        model = load_model(name, dtype, device, chat)
+        loaded[name, dtype, asked] = loaded[name, model.computed_in, asked] = model
+    return loaded[name, dtype, asked]
 
 
 def read(name, kind, place, **given):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 import adult
+import metrics
 import train
 from beyond import attacks, report, runs
 
@@ -60,7 +61,8 @@ def measure(args, data, key, seed):
     people = people._replace(test=people.test[:args.test_rows])
     for name in FORMATS:
         with quantised(model.model, name):
-            row = train.evaluate(train.answers_of(model, key, people.test), people.test)
+            p = train.answers_of(model, key, people.test)
+            row = metrics.of_people(p, people.test)
             shots = train.gap_given_shots(model, people, data, config, key, seed)
             row = {"key": key, "seed": seed, "format": name, **row, "shots": shots}
             if args.attacks and key in attacks.ATTACKED:

@@ -18,6 +18,8 @@ import re
 
 import numpy
 
+import adult
+import metrics
 from adult import InputError
 from beyond import runs
 
@@ -71,12 +73,33 @@ whichever is larger. follows: mean p given {shots} people who are all 1, minus a
 PAPER = "  in the paper (ACC in %)"
 
 
-def show(rows, titles, columns, printed):
+def show_untrained(model, people):
+    """One question, and what the model answers before anything is trained."""
+    import torch
+    questions = model.questions(people)
+    with torch.no_grad():
+        p = model(model.prefix(), questions[:20]).softmax(-1)            # (2, B, V)
+    mass = p[..., model.answers].sum(-1).mean().item()
+    now = metrics.of_people(model.predict(questions), people)
+    note = " (constant)" if constant(now) else ""
+    runs.say(f"\na question (x_m; its twin x_f says {adult.SEXES[1]}), answered by the "
+             "next token:\n")
+    text = adult.INSTRUCTION + adult.twins(people[0])[0]
+    adult.show(model.before + text + model.after, "    ")
+    runs.say(f"\nnot trained: ACC {now['acc']:.2f}, gap {now['gap']:.3f}, answers 1 to "
+             f"{100 * now['positives']:.0f} % of {len(people)} validation rows"
+             f"{note};\nthe two answers have {mass:.2f} of the probability\n")
+
+
+def show(rows, titles, printed, shots):
     """A line a model; below it the paper's numbers, or that it is constant.
 
-    titles: {key: title}, the key where there is none; columns: {heading: metric};
-    printed: {key: (ACC in percent, M_dpd, M_deo)}
+    titles: {key: title}, the key where there is none; printed: {key: (ACC in percent,
+    M_dpd, M_deo)}
     """
+    columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
+    if "shots" in rows[0]:
+        columns.update({f"{shots} shots": "shots", "follows": "follows"})
     seeds, means = len({row["seed"] for row in rows}), summary(rows)
     names = [titles.get(key, key) for key in means]
     wide = max(map(len, [PAPER, *names]))
@@ -94,6 +117,9 @@ def show(rows, titles, columns, printed):
             line(PAPER, text.replace(" 0.", " .").split())
         if any(map(constant, some)):
             print("  constant: (nearly) everybody gets the same answer")
+    if "shots" in rows[0]:
+        print(LEGEND.format(shots=shots))
+    warn(rows)
 
 
 def constant(row):

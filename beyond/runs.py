@@ -32,6 +32,7 @@ import numpy
 from filelock import FileLock, Timeout
 
 import adult
+import metrics
 from adult import InputError, split
 from beyond import tasks
 
@@ -540,7 +541,8 @@ def measure_again(argv):
         model, _, _ = load_run(args.run, key, seed, args.model, args.device,
                                args.dtype, args.task)
         people = split(data, config["rows"], config["bpc"], config["test_rows"], seed)
-        again = train.evaluate(train.answers_of(model, key, people.test), people.test)
+        p = train.answers_of(model, key, people.test)
+        again = metrics.of_people(p, people.test)
         rows.append({"key": key, "seed": seed, **again})
         changes = [abs(again[name] - row[name]) for name in SHOWN]
         different += max(changes) != 0

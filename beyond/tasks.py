@@ -16,6 +16,7 @@ replaces the constants of adult.py (section 2) in this process, until another on
 
     python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
 """
+import functools
 import json
 import pathlib
 import random
@@ -51,6 +52,15 @@ def load(path=None, data=None):
     found = people.gather(files, lambda file: read(file, task), source)
     found.sha256[path.name] = people.sha256_of(path)
     return found
+
+
+read_once = functools.lru_cache(1)(load)
+
+
+def data_of(path, data):
+    """`load`, its files read once a process."""
+    begin(path)
+    return read_once(path, data)
 
 
 def begin(path):

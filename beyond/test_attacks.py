@@ -15,7 +15,7 @@ import lora
 import train
 from adult import InputError
 from beyond import ablation, attacks, runs, tasks
-from beyond.load import load_model
+from beyond.load import load_model, load_once
 
 torch.set_num_threads(1)
 SMALL = {"climb": 5, "texts": 4, "tokens": 13, "people": (4,), "most": 4,
@@ -554,7 +554,7 @@ def test_a_variant_does_not_depend_on_what_ran_before_it(variants, monkeypatch):
     monkeypatch.setattr(attacks, "short", lambda *given: {"climb": .5})
     torch.manual_seed(99)
     assert ablation.run_variant(CONFIG, "no-steps", 3, "nowhere") == [seen.row]
-    again = lora.theta(train.load_once("tiny", "float32", "cpu").model)
+    again = lora.theta(load_once("tiny", "float32", "cpu").model)
     for p, before in zip(again, seen.theta, strict=True):
         assert torch.equal(p, before)
 
@@ -588,7 +588,7 @@ def test_the_ablation_asks_for_its_jobs(tmp_path, monkeypatch):
         args = runs.parse(ablation.parser(), ["--data", str(adult.TINY), *words])
         ablation.run(args)
     config, data = jobs[0][0], adult.load(adult.TINY)
-    assert config["test_rows"] == train.enough(data.test, .5, 1000)
+    assert config["test_rows"] == adult.enough(data.test, .5, 1000)
     assert (config["game"], config["rows"], config["bpc"]) == (train.DEFAULTS, 200, .5)
     every = [(name, 5) for name in ablation.VARIANTS]
     asked = [(name, seed) for _, name, seed in jobs]

@@ -33,7 +33,7 @@ import lora
 import metrics
 import train
 from adult import InputError
-from beyond import attacks, load, quantise, report, runs
+from beyond import attacks, load, quantise, report, runs, tasks
 from beyond.conftest import LESSONS, SMALL
 from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
 from swa import SWA
@@ -68,8 +68,8 @@ def here(home, tmp_path, monkeypatch):
 @pytest.fixture()
 def own_copy(monkeypatch):
     """A function that makes data/ or model/ here one that may be changed."""
-    monkeypatch.setattr(train, "read_once", train.read_once.__wrapped__)
-    monkeypatch.setattr(train, "loaded", {})
+    monkeypatch.setattr(tasks, "read_once", tasks.read_once.__wrapped__)
+    monkeypatch.setattr(load, "loaded", {})
 
     def copy(name):
         original = pathlib.Path(name).resolve()
@@ -448,7 +448,7 @@ def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
         drawn = [call for call in drawn if call.given["n"] == 40]
         for k, (title, (b, twice, test_b)) in enumerate(titles.items()):
             given, row = shots[k].given, next(rows)
-            data = train.load_data_once("data", None)
+            data = tasks.data_of(None, "data")
             assert given["people"] is data.train and given["shots"] == 16
             assert (given["bpc"], given["counterbalance"]) == (b, twice)
             assert drawn[k].given["people"] is data.test
@@ -527,10 +527,9 @@ def test_flags_become_jobs(words, here, monkeypatch):
     """One core a job; but a large model is alone, or it would not fit in memory."""
     def stop(*given):
         raise Stop(*given)
-    model = train.load_once("tiny", "auto", "cpu")
+    model = load.load_once("tiny", "auto", "cpu")
     monkeypatch.setattr(train, "load_once", lambda *_: model)
-    untrained = {"acc": .5, "gap": .1, "positives": .5}
-    monkeypatch.setattr(faircon, "measure", lambda *_: untrained)
+    monkeypatch.setattr(report, "show_untrained", lambda *_: None)
     monkeypatch.setattr(runs, "run_jobs", stop)
     monkeypatch.setattr(runs, "cores", lambda: 5)
     folder, keys, at_once, game = FLAGS[words]
@@ -545,7 +544,7 @@ def test_flags_become_jobs(words, here, monkeypatch):
              "prompts": train.prompt_rows}
     assert work is works.get(keys[0], train.train_model)
     config = jobs[0][0]
-    enough = train.enough(train.load_data_once("data", None).test, .5, 1000)
+    enough = adult.enough(tasks.data_of(None, "data").test, .5, 1000)
     assert config["game"] == game and config["test_rows"] == enough > 100
 
 
@@ -554,9 +553,9 @@ def test_enough_is_the_most_that_can_be_drawn():
     rich_women = [p for p in test if p.s == 1 and p.y == 1]
     others = [p for p in test if p not in rich_women]
     people = others + rich_women[:10]
-    assert train.enough(people, .5, 400) == 40, "balanced, a quarter are rich women"
-    assert train.enough(people, -1., 400) == 16, "at b = -1, half of them are"
-    assert train.enough(people, .5, 24) == 24
+    assert adult.enough(people, .5, 400) == 40, "balanced, a quarter are rich women"
+    assert adult.enough(people, -1., 400) == 16, "at b = -1, half of them are"
+    assert adult.enough(people, .5, 24) == 24
 
 
 def test_a_rows_own_options_are_its_own():
@@ -636,12 +635,12 @@ def test_a_run_goes_on_on_another_machine(interrupted, never, here, monkeypatch,
     run["versions"]["cpu"], run["model"]["computed in"] = "AVX9", "on a GPU"
     run["config"]["model"][2] = "cuda"
     runs.write_json("runs/cut/run.json", run)
-    choose, loads, really = load.choose_dtype, [], train.load_model
+    choose, loads, really = load.choose_dtype, [], load.load_model
     monkeypatch.setattr(load, "choose_dtype", lambda dtype, *more: (
         ("bfloat16", "this machine") if dtype == "auto" else choose(dtype, *more)))
-    monkeypatch.setattr(train, "load_model",
+    monkeypatch.setattr(load, "load_model",
                         lambda *asked: loads.append(asked) or really(*asked))
-    monkeypatch.setattr(train, "loaded", {})
+    monkeypatch.setattr(load, "loaded", {})
     train.main(["--resume", "cut", "--device", "cpu", "--data", "data/"])
     said = capsys.readouterr().out
     for note in ("versions cpu was AVX9", "computed in was on a GPU and is now"):
@@ -960,7 +959,7 @@ def random_model(kind, directory, **more):
      "encoder-decoder")])
 def test_what_cannot_be_trained_is_refused(kind, more, match, tmp_path):
     with pytest.raises(InputError, match=match):
-        load.load_model(random_model(kind, tmp_path, **more))
+        lora.inject(load.load_model(random_model(kind, tmp_path, **more)).model)
 
 
 @pytest.mark.parametrize("kind, window", [("default", 640), ("dynamic", 320),
@@ -990,7 +989,7 @@ def test_auto_is_resolved_once(here, monkeypatch, capsys):
     assert choose("auto", "cpu", True)[0] == "float32"
     monkeypatch.setattr(load, "choose_dtype", lambda dtype, *more: (
         ("bfloat16", "a GPU") if dtype == "auto" else choose(dtype, *more)))
-    train.loaded.clear()
+    load.loaded.clear()
     command(here, [*SMALL, "--models", "fine-tuned", "--rounds", "1", "--name", "bf16"])
     monkeypatch.setattr(load, "choose_dtype", choose)
     runs.main(["runs/bf16"])                     # raises if a number is another
@@ -1001,9 +1000,9 @@ def test_auto_is_resolved_once(here, monkeypatch, capsys):
     model, _, _ = runs.load_run("runs/bf16", "fine-tuned")
     assert model.computed_in == "bfloat16" and model.dtype == torch.bfloat16
     assert "1 thread)" in model.how, "a small model's numbers depend on the cores"
-    train.loaded.clear()
-    first = train.load_once("model", "auto", "cpu")
-    assert train.load_once("model", "float32", "cpu") is first, "not loaded twice"
+    load.loaded.clear()
+    first = load.load_once("model", "auto", "cpu")
+    assert load.load_once("model", "float32", "cpu") is first, "not loaded twice"
 
 
 def test_the_hash_of_a_gguf_file_is_of_this_file(tmp_path):

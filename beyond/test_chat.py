@@ -7,9 +7,8 @@ import torch
 import transformers
 
 import adult
-import train
 from adult import InputError
-from beyond import attacks, runs
+from beyond import attacks, load, runs
 from beyond.chat import Chat, around
 from beyond.conftest import SMALL
 from beyond.load import load_model
@@ -41,9 +40,9 @@ def here(home, tmp_path, monkeypatch):
     shutil.copytree(home / "model", tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text(PLAIN)
     monkeypatch.chdir(tmp_path)
-    train.loaded.clear()
+    load.loaded.clear()
     yield tmp_path
-    train.loaded.clear()
+    load.loaded.clear()
 
 
 def whole(tokenizer, text):

@@ -9,7 +9,7 @@ import pytest
 import adult
 import train
 from adult import InputError
-from beyond import ablation, attacks, quantise, runs, tasks
+from beyond import ablation, attacks, load, quantise, runs, tasks
 from beyond.test_beyond import command, refused, results_of
 
 
@@ -19,11 +19,11 @@ def hiring(tmp_path, monkeypatch):
     folder = pathlib.Path(tasks.__file__).parent
     shutil.copy(folder / "hiring.csv", tmp_path)
     monkeypatch.chdir(tmp_path)
-    train.loaded.clear()
+    load.loaded.clear()
     yield json.loads((folder / "hiring.json").read_text())
     tasks.begin(None)
-    train.loaded.clear()
-    train.read_once.cache_clear()
+    load.loaded.clear()
+    tasks.read_once.cache_clear()
 
 
 def write_task(task, **changes):
@@ -71,15 +71,15 @@ def test_the_second_of_two_files_is_the_test(hiring):
 
 def test_adult_is_adult_again_after_a_task(hiring):
     """In one process: data, a model's questions and answers, as if nothing had been."""
-    one = train.load_data_once(adult.TINY)
-    model = train.load_once("tiny", "float32", "cpu")
+    one = tasks.data_of(None, adult.TINY)
+    model = load.load_once("tiny", "float32", "cpu")
     before = model.predict(model.questions(one.test[:4]))
     task = write_task(hiring, answers=["1", "0"])
-    assert train.load_data_once(None, task).test[0].values[1] in ("man", "woman")
-    other = train.load_once("tiny", "float32", "cpu")
+    assert tasks.data_of(task, None).test[0].values[1] in ("man", "woman")
+    other = load.load_once("tiny", "float32", "cpu")
     assert other.answers.tolist() == model.answers.tolist()[::-1]
-    again = train.load_data_once(adult.TINY)
-    model = train.load_once("tiny", "float32", "cpu")
+    again = tasks.data_of(None, adult.TINY)
+    model = load.load_once("tiny", "float32", "cpu")
     assert again.test == one.test
     assert (model.predict(model.questions(again.test[:4])) == before).all()
     results = {"config": {"task": None}, "data": {"sha256": one.sha256}}
