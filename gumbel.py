@@ -12,7 +12,7 @@ noise; the released code, and this one, sample. The paper's derivative, sigma (1
 sigma), is the diagonal of softmax's; here it is the full Jacobian.
 
     python gumbel.py                     # Figures 3 and 4 in numbers
-    python -m beyond.report figure4      # Figure 4 as a picture (needs matplotlib)
+    python -m beyond.pictures figure4      # Figure 4 as a picture (needs matplotlib)
 """
 import torch
 

@@ -47,7 +47,7 @@ import adult
 import faircon
 import train
 from adult import InputError
-from beyond import runs, tasks
+from beyond import finished, runs, tasks
 from beyond.report import by_key, cell, decimals, summary
 from beyond.robust import RobustOptions
 
@@ -453,9 +453,10 @@ def short(model, data, people, seed, size=SHORT):
 def attack_model(config, key, seed, folder):
     """Attack one model of a run -> [its row]; a job of `run`."""
     began = time.perf_counter()
-    model, _, results = runs.load_run(config["run"], key, seed, config["model_path"],
-                                      config["device"], task=config["task"])
-    data = runs.load_data(results, config["data"], config["task"])
+    model, _, results = finished.load_run(
+        config["run"], key, seed, config["model_path"], config["device"],
+        task=config["task"])
+    data = finished.load_data(results, config["data"], config["task"])
     asked = results["config"]
     people = adult.split(data, asked["rows"], asked["bpc"], asked["test_rows"], seed)
     found = attack(model, people, data, config["size"], seed)
@@ -550,7 +551,7 @@ def controls(rows):
 def models_of(results, folder, wanted):
     """The models to attack -> [(key, seed)]. InputError where there is none."""
     for key in wanted or ():
-        runs.find_row(results, folder, key, None)
+        finished.find_row(results, folder, key, None)
     pairs = [(row["key"], row["seed"]) for row in results["rows"]
              if row["key"] in (wanted or ATTACKED)]
     if not pairs:
@@ -595,7 +596,7 @@ def with_earlier(file, how, rows):
 
 def run(args):
     folder = pathlib.Path(args.run)
-    results = runs.read_run(folder)
+    results = finished.read_run(folder)
     pairs = models_of(results, folder, args.models)
     size = size_of(args)
     name = "attacks"

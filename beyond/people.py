@@ -24,6 +24,7 @@ import numpy
 
 import adult
 from adult import InputError, Person
+from beyond import runs
 
 UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/"
 SHA256 = {
@@ -110,7 +111,6 @@ def find():
 
 def fetch(url, path):
     """Downloads a file: whole, or not there."""
-    from beyond import runs                              # which imports this file
     with urllib.request.urlopen(url, timeout=10) as response:
         runs.write(path, response.read())
 

@@ -14,7 +14,7 @@ import torch
 import adult
 import metrics
 import train
-from beyond import attacks, report, runs
+from beyond import attacks, finished, report, runs
 
 FORMATS = {"float32": lambda W: W, "bf16": lambda W: W.bfloat16().float(),
            "int8": lambda W: rounded(W, 8), "int4": lambda W: rounded(W, 4),
@@ -54,8 +54,8 @@ def quantised(model, name):
 
 def measure(args, data, key, seed):
     """One model in every format, on its run's test rows; yields a row for each."""
-    model, _, results = runs.load_run(args.run, key, seed, args.model, dtype="float32",
-                                      task=args.task)
+    model, _, results = finished.load_run(
+        args.run, key, seed, args.model, dtype="float32", task=args.task)
     config = results["config"]
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     people = people._replace(test=people.test[:args.test_rows])
@@ -109,10 +109,10 @@ def main(argv=None):
     if args.run is None:
         return lesson()
     folder, rows = pathlib.Path(args.run), []
-    results, file = runs.read_run(folder), folder / "quantise.json"
+    results, file = finished.read_run(folder), folder / "quantise.json"
     asked = {"test_rows": args.test_rows, "attacks": args.attacks}
     how = attacks.digest(folder, asked)
-    data = runs.load_data(results, args.data, args.task)
+    data = finished.load_data(results, args.data, args.task)
     keys = args.models or [row["key"] for row in results["rows"]]
     for key, seed in attacks.models_of(results, args.run, keys):
         runs.say(f"  {key}, seed {seed}")

@@ -14,7 +14,7 @@ import faircon
 import lora
 import train
 from adult import InputError
-from beyond import ablation, attacks, runs, tasks
+from beyond import ablation, attacks, finished, runs, tasks
 from beyond.load import load_model, load_once
 
 torch.set_num_threads(1)
@@ -348,7 +348,7 @@ def test_a_search_that_no_prompt_survives_ends(target, monkeypatch):
 # ------------------------------------------------------------------ the command
 
 @pytest.fixture
-def finished(tmp_path, model, data):
+def a_run(tmp_path, model, data):
     """A run's folder with the model as it is, for two seeds."""
     config = {"table": 3, "prompt_only": False, "model": ["tiny", "float32", "cpu"],
               "data": str(adult.TINY), "rows": 8, "bpc": .5, "test_rows": 16,
@@ -367,17 +367,17 @@ def command(folder, *words):
 
 
 @pytest.mark.filterwarnings("ignore:nobody has")
-def test_a_row_is_of_its_model_and_seed(finished, data, monkeypatch):
+def test_a_row_is_of_its_model_and_seed(a_run, data, monkeypatch):
     """The real command; then one of its jobs again, as another process would get it."""
     jobs = spy(monkeypatch, runs, "run_jobs")
-    loaded = spy(monkeypatch, runs, "load_run")
+    loaded = spy(monkeypatch, finished, "load_run")
     attacked = spy(monkeypatch, attacks, "attack")
     monkeypatch.setitem(attacks.SIZE, "lengths", (6,))
-    command(finished, "--only", "gcg", "--budget", "13", "--chosen-on", "4",
+    command(a_run, "--only", "gcg", "--budget", "13", "--chosen-on", "4",
             "--test-rows", "4", "--jobs", "1")
-    first, second = runs.read_json(finished / "attacks-gcg.json")["rows"]
+    first, second = runs.read_json(a_run / "attacks-gcg.json")["rows"]
     for seed in (0, 1):
-        assert loaded[seed] == (str(finished), "not-trained", seed, None, "cpu", None)
+        assert loaded[seed] == (str(a_run), "not-trained", seed, None, "cpu", None)
         assert attacked[seed][1] == adult.split(data, 8, .5, 16, seed)
     work, asked, workers, place = pickle.loads(pickle.dumps(jobs[0]))
     assert work(*asked[1], place) == [second]
@@ -386,7 +386,7 @@ def test_a_row_is_of_its_model_and_seed(finished, data, monkeypatch):
     assert first["attacks"] != second["attacks"], "seeds differ"
 
 
-def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypatch):
+def test_a_row_is_computed_again_only_if_asked_for_otherwise(a_run, monkeypatch):
     """Another budget, another run in the folder, another program: other rows. The file
     keeps those of models that were attacked in the same way."""
     done = []
@@ -400,17 +400,17 @@ def test_a_row_is_computed_again_only_if_asked_for_otherwise(finished, monkeypat
     def computed(*words):
         """How many rows are computed, and how many the file then has."""
         done.clear()
-        command(finished, "--jobs", "1", *words)
+        command(a_run, "--jobs", "1", *words)
         name = "attacks-own.json" if "--budget" in words else "attacks.json"
-        return len(done), len(runs.read_json(finished / name)["rows"])
+        return len(done), len(runs.read_json(a_run / name)["rows"])
     assert computed() == (2, 2)
     assert done == [("not-trained", 0), ("not-trained", 1)], "others have no gap"
     assert computed() == (0, 2)
     assert computed("--budget", "3") == (2, 2)
     assert computed() == (0, 2), "what was computed is kept"
-    results = runs.read_json(finished / "results.json")
+    results = runs.read_json(a_run / "results.json")
     results["rows"].append({"key": "robust", "seed": 0})
-    runs.write_json(finished / "results.json", results)
+    runs.write_json(a_run / "results.json", results)
     assert computed() == (3, 3), "another run"
     assert computed("--models", "robust") == (0, 3), "the others stay"
     monkeypatch.setattr(attacks, "__file__", ablation.__file__)
@@ -429,16 +429,16 @@ def test_flags_say_how_much_is_tried():
     assert asked["climb to women"] == (-1, 8, 7)
 
 
-def test_bad_input_is_one_sentence(finished):
+def test_bad_input_is_one_sentence(a_run):
     wrong = {"holds no robust": ("--models", "robust"), "make it even": ("--most", "5")}
     for said, words in wrong.items():
         with pytest.raises(InputError, match=said):
-            command(finished, *words)
-    results = runs.read_json(finished / "results.json")
+            command(a_run, *words)
+    results = runs.read_json(a_run / "results.json")
     del results["rows"][1:]
-    runs.write_json(finished / "results.json", results)
+    runs.write_json(a_run / "results.json", results)
     with pytest.raises(InputError, match="holds no model to attack"):
-        command(finished)
+        command(a_run)
 
 
 def test_a_prompt_that_cannot_fit_is_left_out(model, data, people):

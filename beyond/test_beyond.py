@@ -33,7 +33,8 @@ import lora
 import metrics
 import train
 from adult import InputError
-from beyond import attacks, load, quantise, report, runs, tasks
+from beyond import (attacks, finished, load, pictures, quantise, report, runs,
+                    tasks)
 from beyond.conftest import LESSONS, SMALL
 from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
 from swa import SWA
@@ -354,10 +355,10 @@ def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
 
 def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
     """The adapter saved is the model measured, and a changed number is noticed."""
-    runs.main([str(full[0])])
+    finished.main([str(full[0])])
     said = f"every saved number of {len(USUAL)} models came out again"
     assert said in capsys.readouterr().out
-    runs.main([str(full[0]), "--models", "cda"])
+    finished.main([str(full[0]), "--models", "cda"])
     assert "of 1 models came out again" in capsys.readouterr().out
     assert not list(full[0].rglob("*.part")) + list(full[0].rglob("state.pt"))
     shutil.copytree(full[0], "elsewhere")
@@ -367,7 +368,7 @@ def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
     results["rows"][0]["gap"] += 1e-9
     runs.write_json("elsewhere/results.json", results)
     with pytest.raises(InputError, match="1 models do not give the saved numbers"):
-        runs.main(["elsewhere", "--data", "data"])
+        finished.main(["elsewhere", "--data", "data"])
 
 
 def ask_about(some):
@@ -383,8 +384,8 @@ def test_a_finished_run_is_asked_about_other_people(key, full, here, capsys):
     some = adult.load("data").train[:25]
     ask_about(some)
     shutil.copytree(full[0], "theirs")
-    runs.main(["predict", "theirs", "mine.csv", "--key", key, "--seed", "3"])
-    model, _, _ = runs.load_run(full[0], key)
+    finished.main(["predict", "theirs", "mine.csv", "--key", key, "--seed", "3"])
+    model, _, _ = finished.load_run(full[0], key)
     p = train.answers_of(model, key, some)
     answers = pathlib.Path(f"theirs/{key}-3/mine-answers.csv").read_text()
     header, *lines = answers.split()
@@ -416,9 +417,9 @@ def test_asking_wrongly_is_one_sentence_and_no_file(words, match, full, here):
     results["config"]["table"] = 1
     runs.write_json("table1/results.json", results)
     before = set(here.rglob("*")) | set(full[0].rglob("*"))
-    with pytest.raises(SystemExit) as stopped, runs.one_sentence("beyond.runs"):
-        runs.main(["predict", *words.replace("RUN", str(full[0])).split()])
-    is_a_sentence(stopped.value.code, "beyond.runs", match)
+    with pytest.raises(SystemExit) as stopped, runs.one_sentence("beyond.finished"):
+        finished.main(["predict", *words.replace("RUN", str(full[0])).split()])
+    is_a_sentence(stopped.value.code, "beyond.finished", match)
     assert set(here.rglob("*")) | set(full[0].rglob("*")) == before
     assert pathlib.Path("mine.csv").read_text() == text
 
@@ -914,23 +915,23 @@ def test_a_run_of_somebody_else_is_one_sentence(old, new, match, full, here):
     assert old in text
     runs.write("theirs/results.json", text.replace(old, new))
     with pytest.raises(InputError, match=match):
-        runs.main(["theirs"])
+        finished.main(["theirs"])
 
 
 def test_other_files_are_refused(full, here, own_copy):
     results = results_of(full[0])
     own_copy("data")
     own_copy("model")
-    assert runs.load_run(full[0], model_path="model")[1] == results["rows"][-1]
+    assert finished.load_run(full[0], model_path="model")[1] == results["rows"][-1]
     tensors = load_file("model/model.safetensors")
     tensors[min(tensors)].view(-1)[0] += 1e-3
     runs.write("model/model.safetensors", weights(tensors))
     with pytest.raises(InputError, match="not the model of"):
-        runs.load_run(full[0], model_path="model")
+        finished.load_run(full[0], model_path="model")
     file = pathlib.Path("data/adult.test")
     file.write_text(file.read_text().replace(" 40,", " 41,", 1))
     with pytest.raises(InputError, match="another sha256"):
-        runs.load_data(results)
+        finished.load_data(results)
 
 
 # ------------------------------------------------------------------ models
@@ -992,12 +993,12 @@ def test_auto_is_resolved_once(here, monkeypatch, capsys):
     load.loaded.clear()
     command(here, [*SMALL, "--models", "fine-tuned", "--rounds", "1", "--name", "bf16"])
     monkeypatch.setattr(load, "choose_dtype", choose)
-    runs.main(["runs/bf16"])                     # raises if a number is another
-    runs.main(["runs/bf16", "--dtype", "float32"])
+    finished.main(["runs/bf16"])                     # raises if a number is another
+    finished.main(["runs/bf16", "--dtype", "float32"])
     measured, mean = capsys.readouterr().out.splitlines()[-2:]
     assert mean.split()[:2] == ["fine-tuned", "mean"]
     assert not measured.endswith("0.0e+00"), "another dtype, other digits"
-    model, _, _ = runs.load_run("runs/bf16", "fine-tuned")
+    model, _, _ = finished.load_run("runs/bf16", "fine-tuned")
     assert model.computed_in == "bfloat16" and model.dtype == torch.bfloat16
     assert "1 thread)" in model.how, "a small model's numbers depend on the cores"
     load.loaded.clear()
@@ -1071,7 +1072,7 @@ def test_a_run_is_measured_in_every_format(table_3, here, home, monkeypatch, cap
     assert list(found) == [(key, name) for key in keys for name in quantise.FORMATS]
     saved = {row["key"]: row for row in table_3[0]["rows"]}
     for key in keys:
-        for number in (*runs.SHOWN, "seed", "shots"):
+        for number in (*finished.SHOWN, "seed", "shots"):
             assert found[key, "float32"][number] == saved[key][number], (key, number)
     for name in quantise.FORMATS:
         assert "worst" not in found["averaged", name], "the gap is 0 given any prompt"
@@ -1124,7 +1125,7 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
     worst = {"key": "robust", "seed": row["seed"], "worst": .1, "lowest_acc": .5}
     other = {"key": "robust", "seed": 99, "worst": .2, "lowest_acc": .6}
     runs.write_json("made/attacks.json", {"rows": [worst, other]})
-    report.main(["table", "made", "--out", "made.csv"])
+    report.main(["made", "--out", "made.csv"])
     with open("made.csv") as file:
         lines = list(csv.DictReader(file))
     assert [line["key"] for line in lines] == [x["key"] for x in results["rows"]]
@@ -1133,22 +1134,20 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
               "twins averaged, acc": row["averaged"]["acc"],
               "phi's last step": numpy.mean([x["phi"][1] for x in row["history"][1:]]),
               "worst gap, attacks": .1, "lowest ACC, attacks": .5}
-    report.main(["table", "made"])
+    report.main(["made"])
     ours = capsys.readouterr().out.partition("\nrobust\n")[2]
     for name, value in wanted.items():
         assert float(lines[-1][name]) == value
         each = re.escape(report.decimals(value, 4))
         assert re.search(rf"^    {name} .* {each}$", ours, re.M), name
-    for words, match in ((["rounds"], "needs a run"),
-                         (["table", "made", "--out", "no/where.csv"], "be written")):
-        with pytest.raises(InputError, match=match):
-            report.main(words)
+    with pytest.raises(InputError, match="needs a run"):
+        pictures.main(["rounds"])
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for what in ("figure2", "table1", "rounds", "curve", "compare"):
-        report.main([what, "made", "--out", f"{what}.png"])
+        pictures.main([what, "made", "--out", f"{what}.png"])
         assert pathlib.Path(f"{what}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot be drawn"):
-        report.main(["figure2", "--out", "no/where.png"])
+        pictures.main(["figure2", "--out", "no/where.png"])
 
 
 EXERCISES = {  # what a lesson ends in: the line to change, and what it becomes

@@ -8,7 +8,7 @@ import transformers
 
 import adult
 from adult import InputError
-from beyond import attacks, load, runs
+from beyond import attacks, finished, load, runs
 from beyond.chat import Chat, around
 from beyond.conftest import SMALL
 from beyond.load import load_model
@@ -106,12 +106,12 @@ def test_a_chat_through_the_commands(here, capsys):
                    "--model", "model", "--chat", "--name", "chat"])
     said = capsys.readouterr().out
     assert "    Be brief.\n    Asked:\n    Predict" in said and "\n    Reply:" in said
-    runs.main(["runs/chat"])
+    finished.main(["runs/chat"])
     assert "every saved number of 2 models came out again" in capsys.readouterr().out
     attacks.run(attacks.parser().parse_args(
         ["runs/chat", "--models", "robust", "--only", "gumbel", "--budget", "13",
          "--chosen-on", "4", "--test-rows", "8", "--jobs", "1"]))
-    model, row, _ = runs.load_run("runs/chat", "robust")
+    model, row, _ = finished.load_run("runs/chat", "robust")
     people = adult.split(adult.load("data"), 16, .5, 16, row["seed"]).test
     p = model.predict(model.questions(people))
     assert row["gap"] == pytest.approx(abs(p[:, 0] - p[:, 1]).mean(), abs=1e-6)
@@ -124,7 +124,7 @@ def test_a_chat_through_the_commands(here, capsys):
         assert entry["gap"] == pytest.approx(abs(p[:, 0] - p[:, 1]).mean(), abs=1e-6)
     pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
     with pytest.raises(InputError, match="another sha256"):
-        runs.main(["runs/chat"])
+        finished.main(["runs/chat"])
 
 def test_a_run_of_before_is_no_chat(here):
     """Its config has no such field, finished or interrupted; no template counts."""
@@ -133,7 +133,7 @@ def test_a_run_of_before_is_no_chat(here):
     assert old["config"].pop("chat") is False
     runs.write_json("runs/old/results.json", old)
     pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
-    runs.main(["runs/old"])
+    finished.main(["runs/old"])
     runs.write_json("run.json", {"config": {"rows": 16}})
     runs.compare(here, {"config": {"rows": 16, "chat": False}})
     with pytest.raises(InputError, match="another config chat"):

@@ -9,7 +9,7 @@ import pytest
 import adult
 import train
 from adult import InputError
-from beyond import ablation, attacks, load, quantise, runs, tasks
+from beyond import ablation, attacks, finished, load, quantise, runs, tasks
 from beyond.test_beyond import command, refused, results_of
 
 
@@ -168,8 +168,8 @@ def test_a_run_of_another_task_is_used_where_its_files_are_now(hiring, capsys):
                          (["runs/hire"], "hiring.csv cannot be read"),
                          (["runs/hire", "--data", "moved"], "another sha256")):
         with pytest.raises(InputError, match=match):
-            anew(runs.main, words)
-        anew(runs.main, [*words, *moved])
+            anew(finished.main, words)
+        anew(finished.main, [*words, *moved])
     asked = pathlib.Path("out.csv").read_text().splitlines()
     assert len(asked) == 2 and asked[1].startswith("1,,"), "a woman, no label"
     assert "woman, 31, master, 3, 90, sales" in capsys.readouterr().out
