@@ -7,7 +7,7 @@
     matrix rate      GFLOP/s of a 1024 x 1024 matrix product: what the hardware gives
 
     python -m beyond.cost                                       # the bundled model
-    python -m beyond.cost --model smollm2 --prompt-length 100 --shots 4
+    python -m beyond.cost --model smollm2 --batch-size 20
 """
 import multiprocessing
 import sys
@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import adult
-from beyond import runs, tasks
+from beyond import people, runs
 from beyond.load import load_model
 from faircon import Game, LanguageModel, Options
 
@@ -61,26 +61,22 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def load_both(args, way):
-    """The model, made to go this way, and the data."""
-    model = load_model(args.model, args.dtype, args.device)
-    if way == "straight":
-        model.__class__ = Straight
-    if way == "sdpa":
-        model.model.set_attn_implementation("sdpa")
-    return model, tasks.load(None, args.data)
-
-
 def cost_of_steps(args, way, batch_size):
     """phi's and theta's step, theta given one prompt -> {what: number}.
 
     share: theta's GFLOP/s in percent of the matrix rate.
     """
-    model, data = load_both(args, way)
-    people = adult.sample(data.train, 4 * batch_size, None, numpy.random.default_rng(0))
+    model = load_model(args.model, args.dtype, args.device)
+    data = people.load(args.data)
+    if way == "straight":
+        model.__class__ = Straight
+    if way == "sdpa":
+        model.model.set_attn_implementation("sdpa")
+    rng = numpy.random.default_rng(0)
+    some = adult.sample(data.train, 4 * batch_size, None, rng)
     options = Options(batch_size=batch_size, prompt_length=args.prompt_length,
                       dropout=0.)
-    game = Game(model, people, options, 0)
+    game = Game(model, some, options, 0)
     batches = game.batches(10 ** 4)
 
     def phi():
@@ -99,20 +95,6 @@ def cost_of_steps(args, way, batch_size):
             "share": 100 * gflop / seconds_theta / rate, "gb": peak_gb()}
 
 
-def cost_of_shots(args, way, shots):
-    """People a second, both twins, given labelled people -> {what: number}."""
-    model, data = load_both(args, way)
-    rng, people = numpy.random.default_rng(0), args.batch_size
-    questions = model.questions(adult.sample(data.test, people, None, rng))
-    prefix = model.prefix(context=adult.few_shot(data.train, shots, 0., rng))
-
-    @torch.no_grad()
-    def evaluate():
-        model(prefix, questions)
-
-    return {"people": people / timed(evaluate).mean, "gb": peak_gb()}
-
-
 def alone(work, *given):
     """A function's result, in a process of its own: a peak of memory never falls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -127,7 +109,6 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=runs.count, default=10)
     parser.add_argument("--prompt-length", type=runs.count, default=100)
-    parser.add_argument("--shots", type=runs.count, nargs="*", default=[4, 16])
     args = parser.parse_args(argv)
     print(f"{args.model}, {args.dtype}; a text is one person as one sex, with gradients"
           "\n\nway        batch  prompt   phi texts/s   theta texts/s   of matrix rate"
@@ -140,12 +121,6 @@ def main(argv=None):
         c = alone(cost_of_steps, args, way, size)
         print(f"{way:<10} {size:>5} {args.prompt_length:>7} {c['phi']:13.2f} "
               f"{c['theta']:15.2f} {c['share']:14.0f} % {c['gb']:9.2f}", flush=True)
-    print("\nway        shots   people/s, both twins   peak GB")
-    for shots in args.shots:
-        for way in ("straight", "faircon"):
-            c = alone(cost_of_shots, args, way, shots)
-            print(f"{way:<10} {shots:>5} {c['people']:23.2f} {c['gb']:9.2f}",
-                  flush=True)
 
 
 if __name__ == "__main__":

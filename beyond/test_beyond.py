@@ -33,7 +33,7 @@ import lora
 import metrics
 import train
 from adult import InputError
-from beyond import (attacks, finished, load, pictures, quantise, report, runs,
+from beyond import (attacks, cost, finished, load, pictures, quantise, report, runs,
                     tasks)
 from beyond.conftest import LESSONS, SMALL
 from beyond.robust import FollowingGame, FreshGame, RobustGame, RobustOptions
@@ -1148,6 +1148,26 @@ def test_every_number_and_every_picture(full, here, monkeypatch, capsys):
         assert pathlib.Path(f"{what}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot be drawn"):
         pictures.main(["figure2", "--out", "no/where.png"])
+
+
+def test_the_cost_is_of_the_same_answers(monkeypatch, capsys):
+    """Both ways give the same logits; texts a second: two a person, each step 1 s."""
+    def once(step, *seconds):
+        step()
+        return types.SimpleNamespace(mean=1., times=[1.])
+    monkeypatch.setattr(cost, "timed", once)
+    monkeypatch.setattr(cost, "alone", lambda work, *given: work(*given))
+    cost.main(["--data", str(adult.TINY), "--batch-size", "3", "--prompt-length", "5"])
+    lines = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines == [["straight", "1", "5", "2.00", "2.00"],
+                     ["faircon", "1", "5", "2.00", "2.00"],
+                     ["faircon", "3", "5", "6.00", "6.00"]]
+    model = load.load_model("tiny")
+    some = model.questions(adult.load(adult.TINY).test[:3])
+    prefix = model.prefix([5, 6, 7])
+    ours = model(prefix, some)
+    model.__class__ = cost.Straight
+    torch.testing.assert_close(model(prefix, some), ours, atol=1e-4, rtol=1e-4)
 
 
 EXERCISES = {  # what a lesson ends in: the line to change, and what it becomes
