@@ -3,11 +3,11 @@
 A census row becomes one sentence that ends in "label:"; the model's next token, " 0"
 or " 1", is its answer to "does this person earn over $50k?".
 
-    s = 0, 1          Male, Female: the sensitive attribute       Person.s
-    y = 0, 1          at most, or over, $50k                      Person.y
-    x_m, x_f          one person's text as a man and as a woman   twins
-    b_Pc              P(y=1|s=0) - P(y=1|s=1) of a list of people          cells
-    counterbalance    in a prompt, each person appears as both sexes       few_shot
+    s = 0, 1          Male, Female: the sensitive attribute           Person.s
+    y = 0, 1          at most, or over, $50k                          Person.y
+    x_m, x_f          one person's text as a man and as a woman       twins
+    b_Pc              P(y=1|s=0) - P(y=1|s=1) of some people          b_pc_and_ratio
+    counterbalance    in a prompt, each person appears as both sexes  few_shot
 
 PAPER vs RELEASED CODE: the released code compares labels with ">50K", and adult.test
 writes ">50K.": every positive of that file becomes a negative, hence the paper's x5.23.
@@ -186,7 +186,7 @@ def enough(people, bpc, most):
         have = sum(p.s == s and p.y == y for p in people)
         share = (1 - bpc) / 4 if s == y else (1 + bpc) / 4                    # cells
         most = min(most, have / max(1 / 4, share))
-    # A multiple of 8: b_Pc is exact. If there are too few, `sample` says what.
+    # A multiple of 8: exact at b_Pc = .5. If there are too few, `sample` says what.
     return max(4, int(most) // 8 * 8)
 
 

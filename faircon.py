@@ -6,8 +6,8 @@
 
     distance(theta, g) = mean over people of || f_theta(g, x_m) - f_theta(g, x_f) ||_2
 
-    f_theta    the model; of its logits the distance takes the
-               log-odds of " 1" against " 0", the task all         LanguageModel
+    f_theta    the model; the task takes all its logits, the
+               distance the log-odds of " 1" against " 0"          LanguageModel
     theta      LoRA's A and B                                      lora.theta
     g_phi      for each token of the prompt g a categorical
                distribution; phi are its logits                    Adversary
@@ -56,7 +56,7 @@ AT_ONCE = 8192        # tokens of copied prefixes in a batch of `predict`: bound
 # ------------------------------------------------------------------ the two terms
 
 def task(own, people, answers):
-    """L of Eq. (3): cross-entropy of the answer; logits (B, V), each as their sex."""
+    """L of Eq. (3): cross-entropy of the answer. own (B, V): asked as their own sex."""
     y = torch.tensor([p.y for p in people], device=own.device)
     return F.cross_entropy(own, answers[y])
 
@@ -88,8 +88,8 @@ def option(default, low, high, meaning):
 class Options:
     """The game's settings: the paper's value, else that of the released code.
 
-    Neither gives lam. phi_steps: 23 batches of 9 are one pass over 200 people. Raises
-    InputError for a value outside its range.
+    lam and swa are ours, since neither gives them. phi_steps: 23 batches of 9 are one
+    pass over 200 people. Raises InputError for a value outside its range.
     """
     lam: float = option(1., 0, 1e9, "weight of the distance in Eq. (3)")
     rounds: int = option(10, 1, 10 ** 6, "rounds of the game, each a pass of theta")
@@ -98,7 +98,7 @@ class Options:
     rank: int = option(32, 1, 4096, "r of LoRA (released 4)")
     alpha: float = option(16., 1e-30, 1e9, "alpha of LoRA")
     dropout: float = option(.01, 0, .99, "on LoRA's input")
-    prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (robust: longest)")
+    prompt_length: int = option(10, 1, 10 ** 6, "tokens of g (FreshGame: longest)")
     phi_steps: int = option(23, 0, 10 ** 6, "steps of phi in a round")
     phi_lr: float = option(.1, 1e-30, 1e9, "Adam's rate for phi")
     tau: float = option(1., 1e-30, 1e9, "temperature of Gumbel-softmax")
@@ -123,7 +123,7 @@ class Adversary:
         self.start(self.initial_phi(options.prompt_length))
 
     def initial_phi(self, length):
-        """A random phi (L, V), no token preferred: standard normal, as released."""
+        """A random phi (L, V): standard normal, as released."""
         return torch.randn(length, len(self.model.embed), generator=self.generator)
 
     def start(self, phi):
@@ -165,7 +165,7 @@ class Adversary:
 class Game:
     """The alternating loop of section 3.1 (Figure 2).
 
-    adversary False: theta trains without a prompt; with lam = 0, too, that is plain
+    adversary False: theta trains without a prompt; if lam is 0 as well, that is plain
     fine-tuning. `bar`: show a progress bar within a round.
     """
 
@@ -260,7 +260,7 @@ class Game:
         return {"task": task(own, people, answers),
                 "distance": distance(logits, answers)}
 
-    # ---- what the games of beyond/robust.py change
+    # ---- what FreshGame and RobustGame change, beyond/robust.py
 
     def start_phi(self):
         """Before phi's turn. Nothing: phi goes on where the last round left it.
@@ -281,7 +281,7 @@ class Game:
         return share > 0 and left <= max(1, share)
 
     def check_finite(self, terms):
-        """InputError if the loss is no number."""
+        """InputError if the loss is not finite."""
         if not numpy.isfinite(list(terms.values())).all():
             raise InputError(f"the loss is not finite in round {self.done + 1}; lower "
                              f"lr ({self.options.lr}) or lam ({self.options.lam}).")

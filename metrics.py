@@ -44,7 +44,7 @@ def deo(yhat, y, s):
     """Eq. (2), difference of equalised odds, in [0, 2]. yhat, y, s: (N,) of 0 and 1.
 
     This is the SUM over y; fairlearn's `equalized_odds_difference` is the maximum,
-    counts an empty cell as 0 where this is NaN, and needs answers that are numbers.
+    counts an empty cell as 0 where this is NaN, and rejects text labels.
     """
     total = 0.
     for k in (0, 1):

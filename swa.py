@@ -28,7 +28,7 @@ class SWA:
 
     @torch.no_grad()
     def update(self):
-        """Take the weights as they are now into the average."""
+        """Add the weights as they are now to the average."""
         for average, w in zip(self.average, self.parameters):
             average += (w - average) / (self.n + 1)
         self.n += 1

@@ -4,15 +4,14 @@
     python train.py --table 1               Table 1 (--table 2: Table 2)
     python train.py --prompt-only           Eq. (4): the model frozen, a fair prompt
 
-MODELS lists Table 3's rows and how theta is trained in each. They share people,
-seeds, rounds and theta's rate; with both twins (CDA, counterfactual data augmentation)
-a batch is twice as large, so that all take equally many steps. In FreshGame and
-RobustGame (beyond/robust.py) phi has another rate; given the adversary's prompt and
-shots, theta has two prompts a step.
+MODELS lists Table 3's rows, the paper's two (fine-tuned, faircon) and ours, and how
+theta is trained in each. They share people, seeds, rounds and theta's rate; with both
+twins (CDA, counterfactual data augmentation) a batch is twice as large, so that all
+take equally many steps. In FreshGame and RobustGame (beyond/robust.py) phi has another
+rate; given the adversary's prompt and shots, theta has two prompts a step.
 
-A job is one model of one seed (train_model), in a process of its own. A number's way:
-run, train_model, play_game, Game.play, swa.apply, measure_all, metrics.evaluate; then
-report.show.
+A job is one model of one seed. A number's way: run, train_model, play_game, Game.play,
+swa.apply, measure_all, metrics.evaluate; then report.show.
 
 PAPER vs RELEASED CODE: the paper does not say what rows Table 3 is measured on; the
 released code measures on the 200 that its adversary was trained on. Here: adult.split.
@@ -43,7 +42,7 @@ class Recipe(NamedTuple):
     title: str
     game: type = None            # None: not trained
     adversary: bool = False      # whether its prompt stands in front
-    fair: bool = False           # task + lam * distance; else the task only
+    distance: bool = False       # task + lam * distance; else the task only
     both_twins: bool = False     # CDA: each row once as a man and once as a woman
     sex: bool = True             # whether the question says it; shots always do
     options: dict = {}           # of its own
@@ -59,23 +58,24 @@ MODELS = {
     "fine-tuned": Recipe("fine-tuned", Game),
     "fine-tuned-no-sex": Recipe("fine-tuned, sex left out", Game, sex=False),
     "cda": Recipe("both twins (CDA)", Game, both_twins=True),
-    "distance": Recipe("distance, no adversary", Game, fair=True),
+    "distance": Recipe("distance, no adversary", Game, distance=True),
     # trained with the adversary's prompt in front: Eq. (3)
-    "faircon": Recipe("FairCon", Game, adversary=True, fair=True),
-    "fresh": Recipe("FairCon, phi begins anew", FreshGame, adversary=True, fair=True),
-    # trained with biased shots in front; robust: and, in turn, the adversary's prompt
+    "faircon": Recipe("FairCon", Game, adversary=True, distance=True),
+    "fresh": Recipe("FairCon, phi begins anew", FreshGame, adversary=True,
+                    distance=True),
+    # trained with biased shots in front; robust: and with the adversary's prompt
     "fine-tuned-shots": Recipe("fine-tuned with biased shots", RobustGame),
-    "shots": Recipe("distance with biased shots", RobustGame, fair=True),
+    "shots": Recipe("distance with biased shots", RobustGame, distance=True),
     "cda-shots": Recipe("CDA with biased shots", RobustGame, both_twins=True),
-    "robust": Recipe("robust FairCon", RobustGame, adversary=True, fair=True),
+    "robust": Recipe("robust FairCon", RobustGame, adversary=True, distance=True),
     # as robust, but given any shots the task is to answer as the untrained model does,
     # mean of the twins. At lam = 1 the shortest way to no gap is not to read the shots
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
-                        fair=True, options={"lam": .3})}
+                        distance=True, options={"lam": .3})}
 # Asked for by name, or by "all".
 EXTRA = ("fine-tuned-no-sex", "distance", "fresh", "fine-tuned-shots", "following")
-# Where the default command departs from the released rates, for every row alike. (With
-# dropout the twins' texts have different masks, a distance that is not theirs.)
+# Where the default command departs from the released rates, for every row alike.
+# (Dropout would draw each twin a mask of its own, and so add to their distance.)
 DEFAULTS = {"rounds": 16, "lr": 2e-3, "dropout": 0.}
 # Printed in the paper: ACC in percent, M_dpd, M_deo (there: M_eod).
 PRINTED = {
@@ -156,7 +156,7 @@ def add_game_flags(g):
         if f.name in DEFAULTS:
             note = f"{DEFAULTS[f.name]:g}; released {note}"
         elif f.default != getattr(Options, f.name, f.default):
-            note += f"; robust {f.default:g}"
+            note += f"; FreshGame {f.default:g}"
         g.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X",
                        help=f"{f.metadata['help']} ({note})")
 
@@ -183,7 +183,7 @@ def options_of(config, key):
     names = [f.name for f in dataclasses.fields(kind)]
     given = {**recipe.options, **config["game"]}
     options = kind(**{name: x for name, x in given.items() if name in names})
-    if not recipe.fair:
+    if not recipe.distance:
         options.lam = 0.
     if recipe.both_twins:                                      # as many steps as others
         options.batch_size *= 2
@@ -289,8 +289,8 @@ def measure_all(model, people, data, config, key, seed, place):
 
 
 def follows(model, people, data, config, key, seed):
-    """Mean p of 200 test people, as their own sex, given people who are all 1, minus
-    given people who are all 0: near 0 for a model that does not read them."""
+    """Mean p of 200 test people, each as their own sex, given shots all labelled 1,
+    minus that given shots all labelled 0: near 0 for a model that ignores shots."""
     some, means = people.test[:200], []
     for y in (1, 0):
         rng = numpy.random.default_rng((seed, 7))

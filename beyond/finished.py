@@ -1,6 +1,6 @@
 """NOT IN THE PAPER: a finished run's models, measured again or asked about others.
 
-    python -m beyond.finished runs/NAME                     # do its numbers come out?
+    python -m beyond.finished runs/NAME                     # the same numbers again?
     python -m beyond.finished predict runs/NAME people.csv  # ask about other people
 
     from beyond import finished                             # the same in Python
@@ -67,7 +67,7 @@ SHAPE = {                     # what is read of results.json
 def read_run(folder):
     """results.json of a finished run of Table 3; it may be anybody's.
 
-    Raises InputError. A row's key ends up in a path: it is not "../x".
+    Raises InputError. A row's key becomes part of a path: "../x" is refused.
     """
     path = pathlib.Path(folder) / "results.json"
     results = runs.read_json(path)
@@ -118,7 +118,7 @@ def parser_of(prog, description):
 
 
 def measure_again(argv):
-    """Measure a finished run's models. Raises InputError if a number is another."""
+    """Measure a finished run's models again. InputError if a number differs."""
     parser = parser_of("beyond.finished", "Measure the models of a finished run again, "
                        "on its own test rows. (`predict --help`: ask about others.)")
     parser.add_argument("--data", metavar="PATH", help="where its data is now")
@@ -154,7 +154,7 @@ def measure_again(argv):
         raise InputError(f"{different} models do not give the saved numbers exactly: "
                          "another machine or library, if the changes are small.")
     else:
-        runs.say(f"every saved number of {len(rows)} models came out again, exactly "
+        runs.say(f"these numbers of {len(rows)} models came out again, exactly "
                  "(no prompt; `python -m beyond.attacks` repeats attacks)")
 
 

@@ -66,7 +66,7 @@ LEGEND = """
 gap: mean |p_m - p_f|, the same person asked as both, in [0, 1]. M_dpd, M_deo: Eq.
 (1), (2). {shots} shots: the gap given {shots} labelled people at b_Pc = 1 or -1,
 whichever is larger. follows: mean p given {shots} people who are all 1, minus all 0."""
-PAPER = "  in the paper (ACC in %)"
+PAPER = "  paper, not comparable"
 
 
 def show_untrained(model, people):
@@ -88,7 +88,7 @@ def show_untrained(model, people):
 
 
 def show(rows, titles, printed, shots):
-    """A line a model; below it the paper's numbers, or that it is constant.
+    """A line for each model; below it the paper's numbers, or that it is constant.
 
     titles: {key: title}, the key where there is none; printed: {key: (ACC in percent,
     M_dpd, M_deo)}
@@ -132,11 +132,11 @@ def warn(rows):
 
 
 def show_prompt(rows):
-    """The last prompt that was learned, on one line."""
+    """The likeliest prompt of the last row that has an adversary, on one line."""
     learned = [row for row in rows if row.get("prompt")]
     if learned:
         text = re.sub(r"[^\x20-\x7e]+", " ", learned[-1]["prompt"])
-        print(f"\na prompt (section 5), {learned[-1]['key']}:\n    {text[:80]}")
+        print(f"\nphi's likeliest prompt, {learned[-1]['key']}:\n    {text[:80]}")
 
 
 def clock(seconds):
@@ -203,7 +203,7 @@ def numbers(row, run):
 
 @contextmanager
 def right_kind():
-    """What a run's file lacks is one sentence."""
+    """A field that a run's file lacks is one sentence."""
     try:
         yield
     except (LookupError, TypeError, AttributeError) as problem:

@@ -88,7 +88,7 @@ class FollowingGame(RobustGame):
     Labels do not depend on the shots, so theta would learn from them to ignore shots.
     The untrained model follows them, and the mean of its answers to the two twins has
     no gap. In a quarter of the steps the shots are biased; in the others they are drawn
-    without regard to sex, and nearly all have the same label.
+    without regard to sex, and mostly have one label.
     """
 
     def __init__(self, model, *args, **more):
@@ -104,7 +104,7 @@ class FollowingGame(RobustGame):
 
     def fair_shots(self):
         """Labelled training rows of either sex, with a base rate of their own."""
-        length, rate = self.some_length(), self.rng.beta(.2, .2)     # near 0 or near 1
+        length, rate = self.some_length(), self.rng.beta(.2, .2)   # mostly near 0 or 1
 
         def draw():
             y = self.rng.random() < rate

@@ -7,7 +7,7 @@
     runs/NAME/results.json       every row, once all are there
 
 Every file is written to a temporary name and renamed. The folder is the state of the
-run: what is in it is not computed again, and nothing that was computed is lost.
+run: what is in it is not computed again.
 """
 import argparse
 import io
@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from adult import InputError
 
-FORMAT = 4                    # raised when a run of before could not be gone on with
+FORMAT = 4                    # raised when older runs can no longer be resumed
 
 
 # ------------------------------------------------------------------ a command
@@ -146,7 +146,7 @@ def write(path, content):
 
 
 def write_json(path, value):
-    """NaN is no JSON: null in its place."""
+    """JSON has no NaN: null in its place."""
     value = json.loads(json.dumps(value), parse_constant=lambda nan: None)
     write(path, json.dumps(value, indent=1))
 
@@ -199,7 +199,7 @@ def versions():
 
 @contextmanager
 def open_run(args, depends_on):
-    """Lock a folder for one run -> the folder. InputError if it is not to be had.
+    """Lock a folder for one run -> the folder. InputError if it is taken.
 
     args: name, resume, argv. depends_on: JSON that a resumed run must share, compared
     entry by entry. A finished run of the same name is left alone: another is chosen.
@@ -324,7 +324,7 @@ def load_state(game, folder):
     game.rng.bit_generator.state = state["rng"]
     game.generator.set_state(state["generator"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.device_count() == len(state.get("cuda", ())):   # of before: no cuda
+    if torch.cuda.device_count() == len(state.get("cuda", ())):   # older runs: no cuda
         torch.cuda.set_rng_state_all(state.get("cuda", ()))
     game.done = state["done"]
     return state["history"]

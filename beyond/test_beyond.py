@@ -340,8 +340,8 @@ def test_two_seeds_are_two_splits_and_the_second_begins_anew(here, capsys):
 def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
     folder, out, err = full
     lines = [line.split() for line in out.splitlines()]
-    below = {"fine-tuned": "in the paper (ACC in %) 63.0 .183 .142",
-             "faircon": "in the paper (ACC in %) 51.0 .136 .081",
+    below = {"fine-tuned": "paper, not comparable 63.0 .183 .142",
+             "faircon": "paper, not comparable 51.0 .136 .081",
              "always-0": "constant: (nearly) everybody gets the same answer"}
     for row in results_of(folder)["rows"]:
         key, words = row["key"], train.MODELS[row["key"]].title.split()
@@ -356,7 +356,7 @@ def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
 def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
     """The adapter saved is the model measured, and a changed number is noticed."""
     finished.main([str(full[0])])
-    said = f"every saved number of {len(USUAL)} models came out again"
+    said = f"these numbers of {len(USUAL)} models came out again"
     assert said in capsys.readouterr().out
     finished.main([str(full[0]), "--models", "cda"])
     assert "of 1 models came out again" in capsys.readouterr().out
@@ -501,7 +501,7 @@ def test_equation_4_keeps_the_least_unfair_prompt_on_validation_rows(here, capsy
     for row, key, (g, found) in zip(results["rows"], keys, measured, strict=True):
         prompt = game["model"].decode(g) if g else ""
         assert row == {"key": key, "seed": 3, "prompt": prompt, **found}
-    assert f"a prompt (section 5), {keys[3]}:" in capsys.readouterr().out
+    assert f"phi's likeliest prompt, {keys[3]}:" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ flags and options

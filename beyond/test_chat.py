@@ -107,7 +107,7 @@ def test_a_chat_through_the_commands(here, capsys):
     said = capsys.readouterr().out
     assert "    Be brief.\n    Asked:\n    Predict" in said and "\n    Reply:" in said
     finished.main(["runs/chat"])
-    assert "every saved number of 2 models came out again" in capsys.readouterr().out
+    assert "these numbers of 2 models came out again" in capsys.readouterr().out
     attacks.run(attacks.parser().parse_args(
         ["runs/chat", "--models", "robust", "--only", "gumbel", "--budget", "13",
          "--chosen-on", "4", "--test-rows", "8", "--jobs", "1"]))
