@@ -244,10 +244,9 @@ class Game:
         return means
 
     def terms(self, g, batch):
-        """The two terms of Eq. (3) given a prompt; with lam = 0 the task only.
+        """The two terms of Eq. (3) given a prompt.
 
-        The task asks each person as their own sex; with lam = 0 the other twin is not
-        needed.
+        With lam = 0 the task only, for which the other twin is not needed.
         """
         people = [self.people[i] for i in batch]
         prefix, answers = self.model.prefix(g), self.model.answers
@@ -386,14 +385,8 @@ class LanguageModel:
         every = [[i] for i in range(min(len(self.tokenizer), len(self.embed)))]
         words = self.tokenizer.batch_decode(every, skip_special_tokens=True)
         again = self.tokenizer(words, add_special_tokens=False)["input_ids"]
-        usable = []
-        for i, word in enumerate(words):
-            if again[i] == [i] and "\ufffd" not in word:
-                usable.append(i)
-        if not usable:
-            raise InputError("no token of this tokenizer survives decoding and "
-                             "encoding: no prompt can be searched; use another model.")
-        return usable
+        return [i for i, word in enumerate(words)
+                if again[i] == [i] and "\ufffd" not in word]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -464,9 +457,7 @@ class LanguageModel:
 
     def check_length(self, before, questions):
         """InputError when a text would be longer than the model's context."""
-        longest = before
-        for texts in questions:
-            longest = max(longest, before + max(map(len, texts)))
+        longest = before + max(max(map(len, texts)) for texts in questions)
         if longest > self.window:
             raise InputError(f"prompt and question are {longest} tokens and the "
                              f"model's context is {self.window}; use a shorter prompt "

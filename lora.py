@@ -50,14 +50,10 @@ class LoRALinear(nn.Module):
 
 
 def inject(model, r=32, alpha=16, dropout=0., seed=0):
-    """Freeze `model`, wrap every q_proj and v_proj; a second call replaces adapters.
-
-    Raises InputError.
-    """
+    """Freeze `model`, wrap every q_proj and v_proj; a second call replaces adapters."""
     remove(model)
     found = projections(model)
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name in found:
         layer = LoRALinear(getattr(parent, name), r, alpha, dropout, generator)

@@ -161,12 +161,6 @@ def add_game_flags(g):
                        help=f"{f.metadata['help']} ({note})")
 
 
-def models_of(args):
-    """The rows of Table 3 that were asked for -> their keys."""
-    asked = args.models or set(MODELS) - set(EXTRA)
-    return [key for key in MODELS if key in asked or "all" in asked]
-
-
 def given_options(args):
     """What the user said of the game, over our rates -> {name: value}."""
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(RobustOptions)}
@@ -370,7 +364,8 @@ def fair_prompt(model, people, options, seed, samples=15):
 
     Chosen on validation rows among samples of the adversary.
     """
-    game = Game(model, people.train, options, seed)     # B stays 0: the base model
+    # B stays 0: the base model.
+    game = Game(model, people.train, options, seed, bar=not model.small)
     steps = options.rounds * options.phi_steps
     for batch in game.watch(game.batches(steps), "phi"):
         game.adversary.step([game.questions[i] for i in batch], sign=-1)
@@ -422,9 +417,9 @@ def config_of(args):
     config = {name: getattr(args, name) for name in (
         "table", "prompt_only", "data", "task", "bpc", "rows", "shots", "seeds", "seed",
         "chat")}
-    config["game"], config["models"] = given_options(args), models_of(args)
-    for key in MODELS:
-        options_of(config, key)                                     # checked, all of it
+    config["game"] = given_options(args)
+    asked = args.models or set(MODELS) - set(EXTRA)
+    config["models"] = [key for key in MODELS if key in asked or "all" in asked]
     # The fewest shots with which every b_Pc of the table is exact.
     exact = {1: 8, 2: 16}.get(args.table, 2)
     if args.shots % exact:

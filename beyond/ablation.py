@@ -67,8 +67,7 @@ def run_variant(config, name, seed, folder):
     people = adult.split(data, config["rows"], config["bpc"], config["test_rows"], seed)
     options = dataclasses.replace(train.options_of(config, "robust"), **variant.options)
     game = variant.game(model, people.train, options, seed)
-    for _ in game.play():
-        pass
+    list(game.play())                                           # all its rounds
     game.swa.apply()
     row = {"key": name, "seed": seed}
     with lora.merged(model.model):

@@ -63,10 +63,7 @@ def around(tokenizer):
 
 
 def templated(tokenizer, text):
-    """A user's turn in the template, up to where the reply begins.
-
-    Raises InputError.
-    """
+    """A user's turn in the template, up to the reply. Raises InputError."""
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; leave out --chat.")
     try:

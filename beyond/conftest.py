@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import adult
-from beyond import people
+from beyond import load, people, tasks
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 LESSONS = ("faircon", "lora", "gumbel", "swa", "adult", "metrics", "beyond.robust",
@@ -33,6 +33,28 @@ def home(tmp_path_factory):
         if path.suffix in (".json", ".safetensors"):
             shutil.copy(path, home / "model")
     return home
+
+
+@pytest.fixture()
+def here(home, tmp_path, monkeypatch):
+    """A current folder of one's own, with data/ and model/ in it."""
+    for name in ("data", "model"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture()
+def own_copy(monkeypatch):
+    """A function that makes data/ or model/ here one that may be changed."""
+    monkeypatch.setattr(tasks, "read_once", tasks.read_once.__wrapped__)
+    monkeypatch.setattr(load, "loaded", {})
+
+    def copy(name):
+        original = pathlib.Path(name).resolve()
+        pathlib.Path(name).unlink()
+        shutil.copytree(original, name)
+    return copy
 
 
 def run_table_3(home):

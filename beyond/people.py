@@ -98,7 +98,8 @@ def find():
         for name in SHA256:
             path = cache / name
             if not os.path.isfile(path):
-                fetch(UCI + name, path)
+                with urllib.request.urlopen(UCI + name, timeout=10) as response:
+                    runs.write(path, response.read())
             if sha256_of(path) != SHA256[name]:
                 raise InputError(f"{path} does not have UCI's checksum; delete it and "
                                  "run again, or give --data DIR.")
@@ -107,12 +108,6 @@ def find():
         why = f"SYNTHETIC stand-in for Adult; no UCI data: {reason!s:.44}"
         return adult.TINY, f"tiny/ ({why})"
     return cache, "UCI Adult"
-
-
-def fetch(url, path):
-    """Downloads a file: whole, or not there."""
-    with urllib.request.urlopen(url, timeout=10) as response:
-        runs.write(path, response.read())
 
 
 def sha256_of(path):
@@ -142,16 +137,11 @@ def read(path, labelled=True):
 
 
 def read_csv(path, parse):
-    """What `parse` makes of each row, a list of cells; None is left out.
-
-    InputError names file and line.
-    """
-    people = []
+    """What `parse` makes of each row (None: left out). InputError names file, line."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, skipinitialspace=True, strict=True)
-            for row in filter(None, rows):
-                people.append(parse(row))
+            people = [parse(row) for row in rows if row]
     except InputError as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
     except OSError as error:

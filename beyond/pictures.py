@@ -9,7 +9,6 @@
 
 A picture goes into the run's folder, or to --out; it needs matplotlib.
 """
-import argparse
 import pathlib
 
 import numpy
@@ -160,7 +159,7 @@ def draw(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(prog="beyond.pictures", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=PICTURES)
     parser.add_argument("run", nargs="?", type=pathlib.Path,
                         help="the folder of a finished run")

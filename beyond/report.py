@@ -3,7 +3,6 @@
     python -m beyond.report runs/NAME                   mean and spread, then each seed
     python -m beyond.report runs/NAME --out FILE.csv    the same as CSV
 """
-import argparse
 import csv
 import io
 import pathlib
@@ -90,8 +89,7 @@ def show_untrained(model, people):
 def show(rows, titles, printed, shots):
     """A line for each model; below it the paper's numbers, or that it is constant.
 
-    titles: {key: title}, the key where there is none; printed: {key: (ACC in percent,
-    M_dpd, M_deo)}
+    titles: {key: title}, else the key; printed: {key: (ACC in percent, M_dpd, M_deo)}
     """
     columns = {"ACC": "acc", "M_dpd": "dpd", "M_deo": "deo", "gap": "gap"}
     if "shots" in rows[0]:
@@ -115,20 +113,15 @@ def show(rows, titles, printed, shots):
             print("  constant: (nearly) everybody gets the same answer")
     if "shots" in rows[0]:
         print(LEGEND.format(shots=shots))
-    warn(rows)
+    for row in rows:
+        if row.get("swa_weights") == 0:
+            print(f"note: {row['key']}, seed {row['seed']}: without SWA, so the last "
+                  "weights are measured.")
 
 
 def constant(row):
     """Whether (nearly) everybody gets the same answer: fair, and useless."""
     return not .02 < row["positives"] < .98
-
-
-def warn(rows):
-    """Say what a reader must know before believing a row."""
-    for row in rows:
-        if row.get("swa_weights") == 0:
-            print(f"note: {row['key']}, seed {row['seed']}: without SWA, so the last "
-                  "weights are measured.")
 
 
 def show_prompt(rows):
@@ -212,7 +205,7 @@ def right_kind():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(prog="beyond.report", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="the folder of a finished run")
     parser.add_argument("--out", metavar="FILE.csv", type=pathlib.Path)
     args = parser.parse_args(argv)

@@ -26,6 +26,7 @@ import torch
 import adult
 import faircon
 import lora
+from beyond.load import load_model
 from faircon import option
 
 
@@ -128,26 +129,14 @@ class FollowingGame(RobustGame):
 
 # ------------------------------------------------------------------ the lesson
 
-def play(game, model, test, shots):
-    """Play a game -> the gap on test people, without a prompt and given shots."""
-    for _ in game.play():
-        pass
-    game.swa.apply()
-    return gaps(model, test, shots)
-
-
 def gaps(model, test, shots):
+    """The gap on test people, without a prompt and given shots."""
     return [faircon.measure(model, test)["gap"],
             faircon.measure(model, test, context=shots)["gap"]]
 
 
 def lesson():
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    network = AutoModelForCausalLM.from_pretrained(adult.TINY).eval()
-    tokenizer = AutoTokenizer.from_pretrained(adult.TINY)
-    model = faircon.LanguageModel(network, tokenizer)
+    model = load_model("tiny", device="cpu")
     data = adult.load(adult.TINY)
     rng = numpy.random.default_rng(0)
     people = adult.sample(data.train, 40, .5, rng)
@@ -164,7 +153,9 @@ def lesson():
             ("RobustGame", RobustGame, RobustOptions(**rates, longest=200))):
         torch.manual_seed(0)
         game = kind(model, people, options, seed=0)
-        no_prompt, given = play(game, model, test, shots)
+        list(game.play())                                       # all its rounds
+        game.swa.apply()
+        no_prompt, given = gaps(model, test, shots)
         given_shots.append(given)
         print(f"{name:<13} {no_prompt:9.3f} {given:12.3f}", flush=True)
     assert given_shots[1] < given_shots[0], "RobustGame's theta has met biased shots"

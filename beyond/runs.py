@@ -84,7 +84,7 @@ def parse(parser, argv):
     began, model = run["argv"], run["config"].get("model")        # ablation: no model
     dtype = ["--dtype", model[1]] if model else []
     args = parser.parse_args([*began, *dtype, *argv])            # the last one counts
-    args.argv, args.name = began, name
+    args.argv = began
     return args
 
 
@@ -151,18 +151,18 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=1))
 
 
-def read_json(path, kind=dict):
+def read_json(path, kind=dict, give="the folder of a run, such as runs/default"):
     """A JSON file that holds a `kind`; InputError otherwise."""
     try:
         value = json.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give the folder "
-                         "of a run, such as runs/default.") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON; it is not a file of this program, or it "
-                         "was damaged: run again under another --name.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); "
+                         f"give {give}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON, or damaged ({error}); "
+                         f"give {give}.") from None
     if not isinstance(value, kind):
-        raise InputError(f"{path} holds no {kind.__name__}; it is not this program's.")
+        raise InputError(f"{path} holds no {kind.__name__}; give {give}.")
     return value
 
 

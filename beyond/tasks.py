@@ -17,14 +17,13 @@ replaces the constants of adult.py (section 2) in this process, until another on
     python -m beyond.tasks      # writes the rows of beyond/hiring.csv to the screen
 """
 import functools
-import json
 import pathlib
 import random
 import re
 
 import adult
 from adult import InputError
-from beyond import people
+from beyond import people, runs
 
 # The constants of adult.py that a task replaces.
 ADULT = {name: getattr(adult, name) for name in (
@@ -35,10 +34,9 @@ LISTS = {"files": (1, 2), "sensitive": (3,), "label": (3,), "answers": (2,)}
 
 
 def load(path=None, data=None):
-    """`begin` a JSON file's task, or Adult -> its people, adult.Adult.
+    """`begin` a JSON file's task, or Adult -> its people, adult.Adult. InputError.
 
-    data: where its CSV files are, if not beside it; for Adult see people.load. Raises
-    InputError.
+    data: where its CSV files are, if not beside it; for Adult see people.load.
     """
     task = begin(path)
     if task is None:
@@ -64,16 +62,19 @@ def data_of(path, data):
 
 
 def begin(path):
-    """Make a JSON file's task this process's (None: Adult) -> its description.
-
-    Raises InputError.
-    """
+    """Make a JSON file's task (None: Adult) this process's -> it. Raises InputError."""
     for name, value in ADULT.items():
         setattr(adult, name, value)
-    if path is not None:
-        task = description(path)
-        use(task)
-        return task
+    if path is None:
+        return None
+    task = description(path)
+    column, *values = task["sensitive"]
+    adult.COLUMNS = adult.ATTRIBUTES = tuple(task["attributes"])
+    adult.SEX = list(task["attributes"].values()).index(column)
+    adult.SEXES, adult.ANSWERS = tuple(values), tuple(task["answers"])
+    adult.OPENING = task["opening"].strip()
+    adult.INSTRUCTION = task["instruction"].strip() + "\n"
+    return task
 
 
 def of_run(results, path=None):
@@ -88,15 +89,9 @@ def of_run(results, path=None):
 
 def description(path):
     """The JSON file, its fields checked. Raises InputError."""
-    try:
-        task = json.loads(pathlib.Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file "
-                         "that describes a task.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}).") from None
+    task = runs.read_json(path, give="a JSON file that describes a task")
     for name, kind in KINDS.items():
-        if not isinstance(task, dict) or type(task.get(name)) is not kind:
+        if type(task.get(name)) is not kind:
             raise InputError(f"{path} has no {name}; beyond/tasks.py says what a task "
                              "is, beyond/hiring.json is one.")
     for name, lengths in LISTS.items():
@@ -117,17 +112,6 @@ def description(path):
         raise InputError(f"{path}: the sensitive column {task['sensitive'][0]} is not "
                          "among the attributes: twins would be the same text.")
     return task
-
-
-def use(task):
-    """Replace adult.py's constants."""
-    names = tuple(task["attributes"])
-    column, *values = task["sensitive"]
-    adult.COLUMNS = adult.ATTRIBUTES = names
-    adult.SEX = list(task["attributes"].values()).index(column)
-    adult.SEXES, adult.ANSWERS = tuple(values), tuple(task["answers"])
-    adult.OPENING = task["opening"].strip()
-    adult.INSTRUCTION = task["instruction"].strip() + "\n"
 
 
 def read(path, task, labelled=True):

@@ -57,28 +57,6 @@ def as_before(monkeypatch):
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.fixture()
-def here(home, tmp_path, monkeypatch):
-    """A current folder of one's own, with data/ and model/ in it."""
-    for name in ("data", "model"):
-        (tmp_path / name).symlink_to(home / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture()
-def own_copy(monkeypatch):
-    """A function that makes data/ or model/ here one that may be changed."""
-    monkeypatch.setattr(tasks, "read_once", tasks.read_once.__wrapped__)
-    monkeypatch.setattr(load, "loaded", {})
-
-    def copy(name):
-        original = pathlib.Path(name).resolve()
-        pathlib.Path(name).unlink()
-        shutil.copytree(original, name)
-    return copy
-
-
 def command(folder, words):
     """train.main in a folder, one job -> its results."""
     with pytest.MonkeyPatch.context() as patch:
@@ -353,6 +331,18 @@ def test_table_3_is_printed_with_the_papers_figures_below_their_rows(full):
     assert max(map(len, out.splitlines())) <= 88, "half a screen"
 
 
+def test_the_untrained_model_is_shown(capsys):
+    model, test = load.load_model("tiny"), adult.load(adult.TINY).test
+    people = adult.sample(test, 40, 0., numpy.random.default_rng(0))
+    report.show_untrained(model, people)
+    said = capsys.readouterr().out
+    now = numbers(people, model.predict(model.questions(people)))
+    adult.show(adult.twins(people[0])[0], "    ")
+    assert capsys.readouterr().out in said
+    assert f"ACC {now['acc']:.2f}, gap {now['gap']:.3f}, answers 1 to " in said
+    assert "two answers have 1.00 of the probability" in said
+
+
 def test_a_finished_run_gives_its_numbers_again(full, here, capsys):
     """The adapter saved is the model measured, and a changed number is noticed."""
     finished.main([str(full[0])])
@@ -426,40 +416,35 @@ def test_asking_wrongly_is_one_sentence_and_no_file(words, match, full, here):
 
 # ------------------------------------------------------------------ other tables
 
-# Title: b_Pc of the shots, counterbalanced, b_Pc of the test rows.
-TABLE_1 = {
-    "b = -1": (-1, False, 0), "b = -0.5": (-.5, False, 0), "b = 0": (0, False, 0),
-    "b = 0.5": (.5, False, 0), "b = 1": (1, False, 0),
-    "natural, balanced test rows": (None, False, 0),
-    "natural, natural test rows": (None, False, None)}
-TABLE_2 = {
-    "b = 0": (0, False, 0), "b = 0, counterbalanced": (0, True, 0),
-    "b = 0.5": (.5, False, 0), "b = 0.5, counterbalanced": (.5, True, 0)}
-
-
-@pytest.mark.parametrize("table, titles", [("1", TABLE_1), ("2", TABLE_2)])
-def test_tables_1_and_2_are_what_their_titles_say(table, titles, here, capsys):
+@pytest.mark.parametrize("table, count, printed", [("1", 7, 4), ("2", 4, 3)])
+def test_tables_1_and_2_are_what_their_titles_say(table, count, printed, here, capsys):
     """Shots of adult.data, people of adult.test; each seed draws anew."""
     words = ["--data", "data", "--table", table, "--test-rows", "40", "--shots", "16",
              "--seed", "3", "--seeds", "2", "--name", "some"]
     results, _, jobs = watch(here, words)
+    titles = list(results["summary"])
+    assert len(titles) == count
     rows = iter(results["rows"])
     for (_, seed), calls in jobs.items():
         shots, drawn = named(calls, "few_shot"), named(calls, "sample")
         drawn = [call for call in drawn if call.given["n"] == 40]
-        for k, (title, (b, twice, test_b)) in enumerate(titles.items()):
+        for k, title in enumerate(titles):
             given, row = shots[k].given, next(rows)
+            first, _, rest = title.partition(", ")
+            b = None if first == "natural" else float(first.removeprefix("b = "))
             data = tasks.data_of(None, "data")
             assert given["people"] is data.train and given["shots"] == 16
-            assert (given["bpc"], given["counterbalance"]) == (b, twice)
+            assert given["bpc"] == b
+            assert given["counterbalance"] == (rest == "counterbalanced")
             assert drawn[k].given["people"] is data.test
-            assert drawn[k].given["bpc"] == test_b
+            assert drawn[k].given["bpc"] == (None if rest[:7] == "natural" else 0)
             people, g, context, p = asked(calls)[k]
             assert people is drawn[k].gave and g is None and context is shots[k].gave
             said = {"key": title, "seed": seed, "prompt": context}
             assert row == {**said, **numbers(people, p)}
     out = capsys.readouterr().out
-    assert out.count(report.PAPER) == len(titles.keys() & train.PRINTED)
+    assert out.count(report.PAPER) == printed
+    assert "likeliest" not in out, "no phi has learned these prompts"
     lines = re.findall("^(?:b = |natural).*", out, re.M)
     for line, title in zip(lines, titles, strict=True):
         mean, spread = results["summary"][title]["gap"]
@@ -520,7 +505,8 @@ FLAGS = {  # what the user says: the run's folder, its jobs, how many at once, t
         "x", USUAL, 5, {**train.DEFAULTS, "lam": 2., "tau": .5}),
     "--table 1": ("table1", ["table1"], 1, train.DEFAULTS),
     "--table 2": ("table2", ["table2"], 1, train.DEFAULTS),
-    "--prompt-only": ("prompt_only", ["prompts"], 1, train.DEFAULTS)}
+    "--prompt-only --longest 5000": ("prompt_only", ["prompts"], 1,
+                                     {**train.DEFAULTS, "longest": 5000})}
 
 
 @pytest.mark.parametrize("words", FLAGS)
@@ -961,27 +947,6 @@ def random_model(kind, directory, **more):
 def test_what_cannot_be_trained_is_refused(kind, more, match, tmp_path):
     with pytest.raises(InputError, match=match):
         lora.inject(load.load_model(random_model(kind, tmp_path, **more)).model)
-
-
-@pytest.mark.parametrize("kind, window", [("default", 640), ("dynamic", 320),
-                                          ("longrope", 320)])
-def test_a_context_ends_where_rotary_scaling_switches(kind, window, tmp_path):
-    """What was read before the switch would stay as it was."""
-    scaling = {"rope_type": kind, "rope_theta": 1e4}
-    if kind != "default":
-        scaling.update(factor=2., short_factor=[1.] * 4, long_factor=[2.] * 4,
-                       original_max_position_embeddings=320)
-    base = random_model("LlamaForCausalLM", tmp_path, rope_parameters=scaling)
-    assert load.load_model(base).window == window
-    if kind == "longrope":                     # in its place of an older config.json
-        older = json.loads((base / "config.json").read_text())
-        moved = older["rope_parameters"].pop("original_max_position_embeddings")
-        older["original_max_position_embeddings"] = moved
-        (base / "config.json").write_text(json.dumps(older))
-        assert load.load_model(base).window == window
-    config = types.SimpleNamespace(rope_parameters={"a kind of layer": scaling},
-                                   max_position_embeddings=640)
-    assert min(640, load.switching_at(config)) == window
 
 
 def test_auto_is_resolved_once(here, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """A question in a chat template: its tokens, the commands, what is refused."""
 import pathlib
-import shutil
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ import transformers
 
 import adult
 from adult import InputError
-from beyond import attacks, finished, load, runs
+from beyond import attacks, finished, runs
 from beyond.chat import Chat, around
 from beyond.conftest import SMALL
 from beyond.load import load_model
@@ -34,15 +33,11 @@ def tokenizer():
 
 
 @pytest.fixture()
-def here(home, tmp_path, monkeypatch):
+def chatting(here, own_copy):
     """A current folder with data/, and model/ that has a chat template."""
-    (tmp_path / "data").symlink_to(home / "data")
-    shutil.copytree(home / "model", tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").write_text(PLAIN)
-    monkeypatch.chdir(tmp_path)
-    load.loaded.clear()
-    yield tmp_path
-    load.loaded.clear()
+    own_copy("model")
+    (here / "model/chat_template.jinja").write_text(PLAIN)
+    return here
 
 
 def whole(tokenizer, text):
@@ -100,10 +95,10 @@ def test_the_same_on_every_day(tokenizer):
 
 # ------------------------------------------------------------------ the commands
 
-def test_a_chat_through_the_commands(here, capsys):
+def test_a_chat_through_the_commands(chatting, capsys):
     """Trained, measured again, attacked; another template is another model."""
-    command(here, [*SMALL, "--models", "not-trained", "robust", "--rounds", "1",
-                   "--model", "model", "--chat", "--name", "chat"])
+    command(chatting, [*SMALL, "--models", "not-trained", "robust", "--rounds", "1",
+                       "--model", "model", "--chat", "--name", "chat"])
     said = capsys.readouterr().out
     assert "    Be brief.\n    Asked:\n    Predict" in said and "\n    Reply:" in said
     finished.main(["runs/chat"])
@@ -126,18 +121,19 @@ def test_a_chat_through_the_commands(here, capsys):
     with pytest.raises(InputError, match="another sha256"):
         finished.main(["runs/chat"])
 
-def test_a_run_of_before_is_no_chat(here):
+
+def test_a_run_of_before_is_no_chat(chatting):
     """Its config has no such field, finished or interrupted; no template counts."""
-    old = command(here, [*SMALL, "--models", "not-trained", "--model", "model",
-                         "--name", "old"])
+    old = command(chatting, [*SMALL, "--models", "not-trained", "--model", "model",
+                             "--name", "old"])
     assert old["config"].pop("chat") is False
     runs.write_json("runs/old/results.json", old)
     pathlib.Path("model/chat_template.jinja").write_text(PLAIN.replace("brief", "kind"))
     finished.main(["runs/old"])
     runs.write_json("run.json", {"config": {"rows": 16}})
-    runs.compare(here, {"config": {"rows": 16, "chat": False}})
+    runs.compare(chatting, {"config": {"rows": 16, "chat": False}})
     with pytest.raises(InputError, match="another config chat"):
-        runs.compare(here, {"config": {"rows": 16, "chat": True}})
+        runs.compare(chatting, {"config": {"rows": 16, "chat": True}})
 
 
 # ------------------------------------------------------------------ what is refused

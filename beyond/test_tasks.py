@@ -9,7 +9,7 @@ import pytest
 import adult
 import train
 from adult import InputError
-from beyond import ablation, attacks, finished, load, quantise, runs, tasks
+from beyond import ablation, attacks, finished, load, quantise, report, runs, tasks
 from beyond.test_beyond import command, refused, results_of
 
 
@@ -78,7 +78,9 @@ def test_adult_is_adult_again_after_a_task(hiring):
     assert tasks.data_of(task, None).test[0].values[1] in ("man", "woman")
     other = load.load_once("tiny", "float32", "cpu")
     assert other.answers.tolist() == model.answers.tolist()[::-1]
-    again = tasks.data_of(None, adult.TINY)
+    tasks.data_of(None, adult.TINY)
+    tasks.begin(task)
+    again = tasks.data_of(None, adult.TINY)         # its files are not read once more
     model = load.load_once("tiny", "float32", "cpu")
     assert again.test == one.test
     assert (model.predict(model.questions(again.test[:4])) == before).all()
@@ -153,8 +155,9 @@ def test_a_run_of_another_task_is_used_where_its_files_are_now(hiring, capsys):
     """It is measured again exactly, asked about a person, and its weights rounded."""
     results = command(pathlib.Path(), [
         "--task", write_task(hiring), *SMALL, "--shots", "2", "--rounds", "1",
-        "--longest", "20", "--phi-steps", "2", "--models", "averaged", "robust",
-        "--name", "hire"])
+        "--longest", "20", "--phi-steps", "2", "--models", "averaged", "fine-tuned",
+        "robust", "--name", "hire"])
+    assert report.PAPER not in capsys.readouterr().out, "the paper's are of Adult"
     assert list(results["data"]["sha256"]) == ["hiring.csv", "task.json"]
     pathlib.Path("new.csv").write_text(
         "degree,gender,years,test score,department,age\nmaster,woman,3,90,sales,31\n")
