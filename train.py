@@ -73,7 +73,8 @@ MODELS = {
     "following": Recipe("robust FairCon that follows", FollowingGame, adversary=True,
                         distance=True, options={"lam": .3})}
 # Asked for by name, or by "all".
-EXTRA = ("fine-tuned-no-sex", "distance", "fresh", "fine-tuned-shots", "following")
+EXTRA = ("no-sex", "fine-tuned-no-sex", "distance", "fresh", "fine-tuned-shots",
+         "following")
 # Where the default command departs from the released rates, for every row alike.
 # (Dropout would draw each twin a mask of its own, and so add to their distance.)
 DEFAULTS = {"rounds": 16, "lr": 2e-3, "dropout": 0.}

@@ -112,7 +112,8 @@ def curve(args, axes):
 def compare(args, axes):
     """What each row of Table 3 trades: accuracy, and the worst gap, a dot a seed."""
     worst = {}
-    for row in runs.read_json(args.run / "attacks.json")["rows"]:
+    attacked = "a run that was attacked (beyond.attacks)"
+    for row in runs.read_json(args.run / "attacks.json", give=attacked)["rows"]:
         worst[row["key"], row["seed"]] = row["worst"]
     for key, rows in rows_of(args.run).items():
         some = [row for row in rows if (key, row["seed"]) in worst]
