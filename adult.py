@@ -103,8 +103,8 @@ def person_from(line, where):
     *values, label = line.split(", ")
     label = label.removesuffix(".")                # adult.test ends it in a full stop
     if len(values) != 14 or values[SEX] not in SEXES or label not in LABELS:
-        raise InputError(f"{where} is no row as UCI writes it (train.py --data reads "
-                         "other forms).")
+        raise InputError(f"{where} is not a row as UCI writes it (train.py --data "
+                         "reads other forms).")
     return Person(tuple(values), LABELS.index(label))
 
 
@@ -191,7 +191,7 @@ def enough(people, bpc, most):
 
 
 def sample(people, n, bpc, rng):
-    """n people at b_Pc in random order, nobody twice. rng: a numpy Generator.
+    """n different people at b_Pc in random order. rng: a numpy Generator.
 
     With bpc None they come as they are. InputError if there are too few of a kind.
     """

@@ -414,7 +414,7 @@ class LanguageModel:
         questions: for each of B people K token lists; two (the man's, the woman's) or
         one. Three passes share one cache of keys and values, and the gradient goes
         through all of them: (1) the prefix, once; (2) the tokens with which a person's
-        twins begin, once a person; (3) the rest of each twin.
+        twins begin, once per person; (3) the rest of each twin.
         """
         return self.logits(self.read(prefix, questions), questions)
 

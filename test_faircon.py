@@ -250,9 +250,9 @@ def test_rows_are_read_as_uci_writes_them(tmp_path):
         assert person.y == y, "x5.23 comes from here"
         assert person.values == tuple(ROW.split(", ")[:14])
     refused = {
-        "\n" + ROW.replace(" White,", ""): "line 2 is no row as UCI writes it",
-        "\n" + ROW.replace("Male", "M"): "line 2 is no row as UCI writes it",
-        "\n" + ROW.replace(">50K", "50K"): "line 2 is no row as UCI writes it",
+        "\n" + ROW.replace(" White,", ""): "line 2 is not a row as UCI writes it",
+        "\n" + ROW.replace("Male", "M"): "line 2 is not a row as UCI writes it",
+        "\n" + ROW.replace(">50K", "50K"): "line 2 is not a row as UCI writes it",
         "|1x3 Cross validator\n": "holds no rows",
         "\udcff": "adult.data cannot be read .not UTF-8",
     }

@@ -62,12 +62,12 @@ MOST = 32                     # people in a prompt, if the context holds them
 # climb, texts and tokens are budgets; lengths are of tokens.
 SIZE = {"people": (16, MOST), "most": MOST, "lengths": (10, 80), "climb": 40,
         "texts": 120, "tokens": 120, "chosen_on": 64, "test_rows": 200}
-# What --only takes: the attacks whose name begins so.
+# What --only takes, and how the names of these attacks begin.
 ONLY = {"few-shot": ("16 ", "full", "other wording"),
         "climb": ("climb",), "random": ("random",), "written": ("written",),
         "gcg": ("gcg", "control: gcg"), "gumbel": ("gumbel", "control: gumbel"),
         "sentences": ('"',)}
-# `short` has the attacks whose name begins so, in four columns.
+# How the names of `short`'s attacks begin, and their columns.
 COLUMNS = {"16 people": "shots", "full": "shots", "climb": "climb", '"': "texts",
            "random": "texts", "written": "texts", "gumbel": "gumbel"}
 SHORT = {**SIZE, "texts": 40, "only": tuple(COLUMNS)}
@@ -189,7 +189,7 @@ def climb(target, direction, most, budget, rng):
         people.pop()
     text = in_front(people)
     best, spent = direction * target.leaning(text), 1
-    for _ in range(100 * budget):                # not for ever: a move may do nothing
+    for _ in range(100 * budget):                # not forever: a move may do nothing
         if spent == budget:
             break
         others = move(people, pool, rng)
@@ -486,7 +486,7 @@ def show(rows, size):
 
 
 def lines(row):
-    """A row as the table has it, a number a line; the order is `plan`'s."""
+    """A row as the table has it, one number per line; the order is `plan`'s."""
     values = {"key": row["key"]}
     for name, entry in row["attacks"].items():
         values[name] = entry["gap"]
@@ -520,7 +520,7 @@ def show_worst(rows):
 
 
 def note_fewer(rows):
-    """Say where fewer people than a line's name says were to be had."""
+    """Say where there were fewer people than a line's name says."""
     fewer = {}
     for row in rows:
         for name, entry in row["attacks"].items():

@@ -113,7 +113,7 @@ def read_network(name, place, config, dtype, device, gguf):
 def find(name):
     """-> what from_pretrained takes: (folder or hub id, {"gguf_file": ...} or {}).
 
-    InputError for what is no model, or is an adapter.
+    InputError for what is not a model, or is an adapter.
     """
     if name == "tiny":
         return adult.TINY, {}
@@ -131,9 +131,9 @@ def find(name):
             raise InputError("a GGUF file needs the package gguf: `pip install gguf`.")
         return path.parent, {"gguf_file": path.name}
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{name} holds an adapter (adapter_config.json), which is no "
-                         "model or would be applied silently; merge it first (peft's "
-                         "merge_and_unload), or take that file away.")
+        raise InputError(f"{name} holds an adapter (adapter_config.json): it is not a "
+                         "model, or the adapter would be applied silently; merge it "
+                         "first (peft's merge_and_unload), or take that file away.")
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir()
     if not hub and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model directory (no config.json); give one, "

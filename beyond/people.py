@@ -71,7 +71,7 @@ def load(data=None):
         source = f"{data} (a random half is the test)"
         return gather({pathlib.Path(data).name: data}, read, source)
     else:
-        raise InputError(f"{str(data)!r} is no folder, and no file; give --data a "
+        raise InputError(f"{str(data)!r} is neither a folder nor a file; give --data a "
                          "folder of adult.data and adult.test, or a CSV file.")
     return gather({name: folder / name for name in SHA256}, read, source)
 
@@ -147,7 +147,7 @@ def read_csv(path, parse):
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}, near line {rows.line_num}: this is no CSV in UTF-8 "
+        raise InputError(f"{path}, near line {rows.line_num}: this is not CSV in UTF-8 "
                          f"({error}); save it as that, every quote closed.") from None
     people = [person for person in people if person is not None]
     if not people:

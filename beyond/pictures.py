@@ -95,7 +95,7 @@ def rounds(args, axes):
 
 
 def curve(args, axes):
-    """Accuracy on validation rows after each round, a thin line a seed, thick: mean."""
+    """Accuracy on validation rows after each round, thin: a seed, thick: the mean."""
     groups = rows_of(args.run)
     trained = [key for key in groups if "history" in groups[key][0]]
     for k, key in enumerate(trained):
@@ -110,7 +110,7 @@ def curve(args, axes):
 
 
 def compare(args, axes):
-    """What each row of Table 3 trades: accuracy, and the worst gap, a dot a seed."""
+    """What each row trades: accuracy, and the worst gap; one dot per seed."""
     worst = {}
     attacked = "a run that was attacked (beyond.attacks)"
     for row in runs.read_json(args.run / "attacks.json", give=attacked)["rows"]:

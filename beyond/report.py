@@ -161,7 +161,7 @@ def table(run):
 
 
 def write_csv(run, out):
-    """The same as CSV: a line a model and seed, a column a number."""
+    """The same as CSV: a line for each model and seed."""
     lines, names = [], {}
     for rows in rows_of(run).values():
         for row in rows:

@@ -55,7 +55,7 @@ def seed(text):
 
 def folder_name(text):
     if pathlib.PurePath(text).name != text or text in ("", ".."):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain folder name")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain folder name")
     return text
 
 
@@ -249,7 +249,7 @@ def free(name):
 def compare(folder, depends_on):
     """InputError, naming it, if what an interrupted run depends on has changed.
 
-    Another machine (its versions, its processor) is said, and is no error; model and
+    Another machine (its versions, its processor) is reported, not refused; model and
     data are compared by their sha256, and the dtype is the run's.
     """
     now, saved = [flatten({**run, "data": list(run.get("data", {}).values())})

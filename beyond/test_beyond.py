@@ -445,6 +445,7 @@ def test_tables_1_and_2_are_what_their_titles_say(table, count, printed, here, c
     out = capsys.readouterr().out
     assert out.count(report.PAPER) == printed
     assert "likeliest" not in out, "no phi has learned these prompts"
+    assert "adapter" not in out, "nothing was trained"
     lines = re.findall("^(?:b = |natural).*", out, re.M)
     for line, title in zip(lines, titles, strict=True):
         mean, spread = results["summary"][title]["gap"]
@@ -824,7 +825,7 @@ OPTIONS = {
     "--name=": "folder name", "--resume nothing": "nothing/run.json cannot be read",
     "--device cuda:9": "device", "--device tpu": "device", "--mod tiny": "--mod tiny",
     "--lr 1e9": "finite|NaN", "--models nobody": "invalid",
-    "--data nowhere": "no folder, and no file", "--data model": "adult.data cannot be",
+    "--data nowhere": "neither a folder nor", "--data model": "adult.data cannot be",
     "--model nowhere": "no config.json", "--model data/mo": "no config.json",
     "--model a.gguf": "does not exist"}
 

@@ -152,8 +152,8 @@ REFUSED = [
     (ROW[:-5], "line 1: 14 cells for 15 columns"),     # or a label would be a country
     (FILE.replace(",", ";"), "line 1: 1 cells for 15 columns"),
     (FILE + "," * 14, "line 3: age cannot be ''"),
-    (FILE.replace("White", '"White'), "near line 2: this is no CSV in UTF-8 (unexp"),
-    (FILE.encode("utf-16"), "near line 0: this is no CSV in UTF-8"),
+    (FILE.replace("White", '"White'), "near line 2: this is not CSV in UTF-8 (unexp"),
+    (FILE.encode("utf-16"), "near line 0: this is not CSV in UTF-8"),
     ("", "holds no rows"), (HEADER, "holds no rows")]
 
 
@@ -169,7 +169,7 @@ def test_what_is_ambiguous_or_wrong_is_one_sentence(content, why, read):
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
     for data in (tmp_path / "nothing", "", os.devnull):
-        with pytest.raises(InputError, match="no folder, and no file"):
+        with pytest.raises(InputError, match="neither a folder nor"):
             people.load(data)
     for name, why in (("nothing.csv", "No such file"), (".", "Is a directory")):
         with pytest.raises(InputError, match=rf"cannot be read \({why}"):
