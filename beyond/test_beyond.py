@@ -499,7 +499,7 @@ class Stop(Exception):
 FLAGS = {  # what the user says: the run's folder, its jobs, how many at once, the game
     "": ("default", USUAL, 5, train.DEFAULTS),
     "--paper": ("paper", USUAL, 5, {}),
-    "--paper --lr 1 --jobs 2": ("paper", USUAL, 2, {"lr": 1.}),
+    "--paper --lr 1 --rank 4 --jobs 2": ("paper", USUAL, 2, {"lr": 1., "rank": 4}),
     "--rounds 7 --models robust cda": (
         "default", ["cda", "robust"], 2, {**train.DEFAULTS, "rounds": 7}),
     "--lam 2 --tau 0.5 --name x": (
@@ -511,7 +511,7 @@ FLAGS = {  # what the user says: the run's folder, its jobs, how many at once, t
 
 
 @pytest.mark.parametrize("words", FLAGS)
-def test_flags_become_jobs(words, here, monkeypatch):
+def test_flags_become_jobs(words, here, monkeypatch, capsys):
     """One core a job; but a large model is alone, or it would not fit in memory."""
     def stop(*given):
         raise Stop(*given)
@@ -528,6 +528,8 @@ def test_flags_become_jobs(words, here, monkeypatch):
         work, jobs, workers, place = stopped.value.args
         assert workers == (at_once if small or "--jobs" in words else 1)
     assert place.name == folder and [job[1:] for job in jobs] == [(k, 0) for k in keys]
+    share = "0.809 %" if "--rank" in words else "6.123 %"
+    assert f"8 projections, {share} of the" in capsys.readouterr().out
     works = {"table1": train.few_shot_rows, "table2": train.few_shot_rows,
              "prompts": train.prompt_rows}
     assert work is works.get(keys[0], train.train_model)
