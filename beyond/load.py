@@ -34,6 +34,8 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PUBLIC = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 WEIGHTS = ("*.safetensors", "*.bin")          # the second where there is no first
 SETTINGS = ("config.json", "tokenizer.json")
+# Rotary embeddings that change where a text grows longer than this many positions.
+SWITCHING = ("longrope", "dynamic")
 
 
 def load_model(name, dtype="auto", device="auto", chat=False):
@@ -61,6 +63,8 @@ def load_model(name, dtype="auto", device="auto", chat=False):
     if small:
         torch.set_num_threads(1)       # so that results do not depend on the cores
     model = (Chat if chat else LanguageModel)(network, tokenizer)
+    # The network's config: building it completes what an older config.json lacks.
+    model.window = min(model.window, switching_at(network.config))
     threads = torch.get_num_threads()
     model.how = f"{dtype} on {device} ({threads} thread{'s' * (threads > 1)})"
     model.small, model.computed_in, model.why = small, dtype, why
@@ -153,6 +157,17 @@ def refuse_config(name, config):
         raise InputError(f"{name} is quantised ({method}), and LoRA here trains beside "
                          "ordinary weights; give the model it was made from, or "
                          "dequantise it (transformers' dequantize) and save it.")
+
+
+def switching_at(config):
+    """The length at which rotary embeddings change: parts read before would differ."""
+    found = getattr(config, "rope_parameters", None) or {}
+    lengths = [float("inf")]
+    for scaling in [found, *found.values()]:           # some have one a kind of layer
+        if isinstance(scaling, dict) and scaling.get("rope_type") in SWITCHING:
+            original = scaling.get("original_max_position_embeddings")
+            lengths.append(original or config.max_position_embeddings)
+    return min(lengths)
 
 
 def try_out(model, name):

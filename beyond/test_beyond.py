@@ -952,6 +952,27 @@ def test_what_cannot_be_trained_is_refused(kind, more, match, tmp_path):
         lora.inject(load.load_model(random_model(kind, tmp_path, **more)).model)
 
 
+@pytest.mark.parametrize("kind, window", [("default", 640), ("dynamic", 320),
+                                          ("longrope", 320)])
+def test_a_context_ends_where_rotary_scaling_switches(kind, window, tmp_path):
+    """What was read before the switch would stay as it was."""
+    scaling = {"rope_type": kind, "rope_theta": 1e4}
+    if kind != "default":
+        scaling.update(factor=2., short_factor=[1.] * 4, long_factor=[2.] * 4,
+                       original_max_position_embeddings=320)
+    base = random_model("LlamaForCausalLM", tmp_path, rope_parameters=scaling)
+    assert load.load_model(base).window == window
+    if kind == "longrope":                     # in its place of an older config.json
+        older = json.loads((base / "config.json").read_text())
+        moved = older["rope_parameters"].pop("original_max_position_embeddings")
+        older["original_max_position_embeddings"] = moved
+        (base / "config.json").write_text(json.dumps(older))
+        assert load.load_model(base).window == window
+    config = types.SimpleNamespace(rope_parameters={"a kind of layer": scaling},
+                                   max_position_embeddings=640)
+    assert min(640, load.switching_at(config)) == window
+
+
 def test_auto_is_resolved_once(here, monkeypatch, capsys):
     """A run in bf16 is measured in bf16 where "auto" means another dtype."""
     choose = load.choose_dtype
